@@ -1,0 +1,86 @@
+//! The handle that says where memory lives and who computes on it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::memory::Allocator;
+use crate::{Buffer, DeviceError, MemoryStatistics, Purpose, ThreadPool};
+
+/// A device; clones are the same device.
+#[derive(Clone)]
+pub enum Device {
+    Cpu(Arc<CpuDevice>),
+}
+
+/// The host processor: a thread pool and a cache of memory.
+pub struct CpuDevice {
+    pub pool: ThreadPool,
+    allocator: Arc<Allocator>,
+}
+
+impl Device {
+    /// The CPU with `threads` compute threads (default: all that the process may use) and an
+    /// optional limit in bytes on the memory in use.
+    pub fn cpu(threads: Option<usize>, memory_limit: Option<usize>) -> Self {
+        let threads =
+            threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |count| count.get()));
+        Device::Cpu(Arc::new(CpuDevice {
+            pool: ThreadPool::new(threads),
+            allocator: Arc::new(Allocator::new("cpu".into(), memory_limit)),
+        }))
+    }
+
+    /// Reads `cpu` or `cpu:THREADS`.
+    pub fn parse(name: &str, memory_limit: Option<usize>) -> Result<Self, DeviceError> {
+        let unknown = || DeviceError::UnknownDevice { name: name.into() };
+        match name.split_once(':') {
+            None if name == "cpu" => Ok(Self::cpu(None, memory_limit)),
+            Some(("cpu", threads)) => match threads.parse::<usize>() {
+                Ok(threads) if threads > 0 => Ok(Self::cpu(Some(threads), memory_limit)),
+                _ => Err(unknown()),
+            },
+            _ => Err(unknown()),
+        }
+    }
+
+    /// A block of at least `bytes`; contents unspecified.
+    pub fn allocate(&self, bytes: usize, purpose: Purpose) -> Result<Buffer, DeviceError> {
+        match self {
+            Device::Cpu(cpu) => cpu.allocator.allocate(bytes, purpose),
+        }
+    }
+
+    pub fn memory(&self) -> MemoryStatistics {
+        match self {
+            Device::Cpu(cpu) => cpu.allocator.statistics(),
+        }
+    }
+
+    /// Starts the peak figures anew from what is in use.
+    pub fn reset_peak_memory(&self) {
+        match self {
+            Device::Cpu(cpu) => cpu.allocator.reset_peak(),
+        }
+    }
+
+    /// Whether two handles are the same device.
+    pub fn same(&self, other: &Device) -> bool {
+        match (self, other) {
+            (Device::Cpu(a), Device::Cpu(b)) => Arc::ptr_eq(a, b),
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Device::Cpu(cpu) => write!(formatter, "cpu:{}", cpu.pool.threads()),
+        }
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, formatter)
+    }
+}
