@@ -25,6 +25,11 @@ pub enum Tolerance {
     /// An f32 derivative against a central difference of an f32 value: with a step of 1e-2 the
     /// rounding of the two values alone is about 1e-5 of their size over the step.
     FiniteDifferenceSingle,
+    /// An f32 op's value against its formula in f64: a few roundings of 6e-8, and sums of up to some
+    /// hundred terms.
+    OpValue,
+    /// An f32 op's gradient against central differences of the formula in f64.
+    OpGradient,
     /// A value computed in bf16 against the same in f32: 8 bits of mantissa, a few roundings.
     Bf16,
     /// A value computed in f16 against the same in f32: 11 bits of mantissa, a few roundings.
@@ -42,6 +47,8 @@ impl Tolerance {
             Self::Trajectory => 1e-5,
             Self::FiniteDifference => 1e-5,
             Self::FiniteDifferenceSingle => 5e-3,
+            Self::OpValue => 3e-6,
+            Self::OpGradient => 2e-5,
             Self::Bf16 => 2e-2,
             Self::F16 => 3e-3,
         }

@@ -1,0 +1,26 @@
+//! Copies between layouts: `target[i] = source[i]` for any strides on either side.
+//!
+//! Not an op of the tape: layouts change in `reshape` and `concat`, whose backward is another copy.
+
+mod cpu;
+
+use crate::{Result, Tensor};
+use anneal_device::Device;
+
+/// Copies a view into another of the same sizes and dtype. The caller alone writes the target's memory.
+///
+/// # Panics
+/// If sizes or dtypes differ.
+pub(crate) fn strided(source: &Tensor, target: &Tensor) -> Result<()> {
+    assert_eq!(source.dims(), target.dims());
+    assert_eq!(source.dtype(), target.dtype());
+    match source.device() {
+        Device::Cpu(cpu) => match source.dtype().size() {
+            1 => cpu::strided::<u8>(&cpu.pool, source, target),
+            2 => cpu::strided::<u16>(&cpu.pool, source, target),
+            4 => cpu::strided::<u32>(&cpu.pool, source, target),
+            _ => cpu::strided::<u64>(&cpu.pool, source, target),
+        },
+    }
+    Ok(())
+}

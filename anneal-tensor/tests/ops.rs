@@ -1,0 +1,6 @@
+//! The table of op tests: each op's own file beside its code.
+
+#[path = "../src/ops/cast/tests.rs"]
+mod cast;
+#[path = "../src/ops/reshape/tests.rs"]
+mod reshape;
