@@ -2,5 +2,7 @@
 
 #[path = "../src/ops/cast/tests.rs"]
 mod cast;
+#[path = "../src/ops/diffusion_loss/tests.rs"]
+mod diffusion_loss;
 #[path = "../src/ops/reshape/tests.rs"]
 mod reshape;

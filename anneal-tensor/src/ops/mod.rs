@@ -7,9 +7,11 @@
 pub(crate) mod accumulate;
 mod cast;
 pub(crate) mod copy;
+mod diffusion_loss;
 mod reshape;
 
 pub use cast::cast;
+pub use diffusion_loss::{DiffusionLoss, DiffusionLossRow, VariationalRow, diffusion_loss};
 pub use reshape::{concat, narrow, permute, reshape, split};
 
 use crate::{Outputs, Tensor};
