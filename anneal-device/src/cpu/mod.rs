@@ -1,5 +1,10 @@
-//! The ground floor of the CPU kernels: SIMD dispatch and the matrix multiply.
+//! The ground floor of the CPU kernels: SIMD dispatch, element formats, vector mathematics and
+//! the matrix multiply.
 
+mod element;
+pub mod gemm;
+pub mod math;
 mod simd;
 
+pub use element::{Element, ElementType};
 pub use simd::vectorize;
