@@ -60,42 +60,19 @@ macro_rules! element {
 }
 element!(f32 => F32, bf16 => BF16, f16 => F16, i64 => I64, u8 => U8);
 
-impl Float for f32 {
-    #[inline(always)]
-    fn to_f32(self) -> f32 {
-        self
-    }
-    #[inline(always)]
-    fn from_f32(value: f32) -> Self {
-        value
-    }
+macro_rules! float {
+    ($($kind:ty),*) => { $(impl Float for $kind {
+        #[inline(always)]
+        fn to_f32(self) -> f32 {
+            anneal_device::cpu::Element::to_f32(self)
+        }
+        #[inline(always)]
+        fn from_f32(value: f32) -> Self {
+            anneal_device::cpu::Element::from_f32(value)
+        }
+    })* };
 }
-
-impl Float for bf16 {
-    #[inline(always)]
-    fn to_f32(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
-    /// Rounds to nearest even; a NaN stays a NaN. Branch-free, so that loops vectorise.
-    #[inline(always)]
-    fn from_f32(value: f32) -> Self {
-        let bits = value.to_bits();
-        let rounded = (bits.wrapping_add(0x7FFF + ((bits >> 16) & 1))) >> 16;
-        let quiet = (bits >> 16) | 0x40;
-        bf16::from_bits(if value.is_nan() { quiet } else { rounded } as u16)
-    }
-}
-
-impl Float for f16 {
-    #[inline(always)]
-    fn to_f32(self) -> f32 {
-        f16::to_f32(self)
-    }
-    #[inline(always)]
-    fn from_f32(value: f32) -> Self {
-        f16::from_f32(value)
-    }
-}
+float!(f32, bf16, f16);
 
 /// Runs `$body` with the type alias `$kind` bound to the Rust type of a float dtype.
 #[macro_export]
@@ -117,22 +94,4 @@ macro_rules! for_float {
             other => Err($crate::TensorError::unsupported_dtype($op, other)),
         }
     };
-}
-
-#[cfg(test)]
-mod tests {
-    use super::Float;
-    use half::bf16;
-
-    #[test]
-    fn bf16_rounding_equals_the_half_crate_on_every_upper_pattern() {
-        for upper in 0..=u16::MAX {
-            for lower in [0u32, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF] {
-                let value = f32::from_bits(u32::from(upper) << 16 | lower);
-                let ours = <bf16 as Float>::from_f32(value);
-                let theirs = bf16::from_f32(value);
-                assert!(ours.to_bits() == theirs.to_bits() || (value.is_nan() && ours.is_nan()), "{value:e}");
-            }
-        }
-    }
 }

@@ -289,6 +289,11 @@ impl BackwardPass {
         !matches!(self.targets[input], Target::Unneeded)
     }
 
+    /// The number of the op's inputs.
+    pub fn inputs(&self) -> usize {
+        self.targets.len()
+    }
+
     /// The gradient of an output; `None` if nothing depended on it.
     pub fn gradient(&self, output: usize) -> Option<&Tensor> {
         self.gradients[output].as_ref()

@@ -4,5 +4,9 @@
 mod cast;
 #[path = "../src/ops/diffusion_loss/tests.rs"]
 mod diffusion_loss;
+#[path = "../src/ops/feed_forward/tests.rs"]
+mod feed_forward;
+#[path = "../src/ops/linear/tests.rs"]
+mod linear;
 #[path = "../src/ops/reshape/tests.rs"]
 mod reshape;

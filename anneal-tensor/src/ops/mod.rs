@@ -8,10 +8,15 @@ pub(crate) mod accumulate;
 mod cast;
 pub(crate) mod copy;
 mod diffusion_loss;
+mod feed_forward;
+mod linear;
 mod reshape;
 
 pub use cast::cast;
+pub use copy::overwrite;
 pub use diffusion_loss::{DiffusionLoss, DiffusionLossRow, VariationalRow, diffusion_loss};
+pub use feed_forward::feed_forward;
+pub use linear::{Activation, linear};
 pub use reshape::{concat, narrow, permute, reshape, split};
 
 use crate::{Outputs, Tensor};

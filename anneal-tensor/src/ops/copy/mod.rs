@@ -4,7 +4,7 @@
 
 mod cpu;
 
-use crate::{Result, Tensor};
+use crate::{Result, Tensor, TensorError};
 use anneal_device::Device;
 
 /// Copies a view into another of the same sizes and dtype. The caller alone writes the target's memory.
@@ -23,4 +23,15 @@ pub(crate) fn strided(source: &Tensor, target: &Tensor) -> Result<()> {
         },
     }
     Ok(())
+}
+
+/// Writes `values` into the memory of `target`, which belongs to a store.
+///
+/// # Errors
+/// If sizes or dtypes differ.
+pub fn overwrite(target: &Tensor, values: &Tensor) -> Result<()> {
+    if target.dims() != values.dims() || target.dtype() != values.dtype() {
+        return Err(TensorError::shape("overwrite", format!("{values:?} does not fill {target:?}")));
+    }
+    strided(values, target)
 }

@@ -1,0 +1,209 @@
+//! Normalisation of rows, alone or fused with what a transformer block does around it.
+//!
+//! One op with options, because all of these are `y = n * multiplier + shift` with
+//! `n = (z - mean) * rstd` over the last dimension:
+//! - `layer_norm` (arXiv 1607.06450): `z = x`, multiplier and shift are a weight and bias of `[d]`;
+//! - `rms_norm` (arXiv 1910.07467): the same with `mean = 0` and no shift;
+//! - `layer_norm_modulate` (adaLN of DiT, arXiv 2212.09748, section 3.2): multiplier is `1 + scale`,
+//!   and `scale` and `shift` are one row per sample;
+//! - `gate_residual_layer_norm_modulate`: `z = x + gate * branch` first, in the same pass over memory.
+//!
+//! `rstd = 1 / sqrt(variance + eps)` with the biased variance, taken in two passes over the row
+//! while it is in cache. Statistics and sums are in f32. Saved are the rows `z`, mean and rstd of
+//! each, and the vectors.
+//!
+//! Gradients, with `g` that of `y`, `p = g * multiplier` and means over the row:
+//! `dz = rstd * (p - mean(p) - n * mean(p * n))` (without `mean(p)` for `rms_norm`) plus the gradient of
+//! `z` itself where it is an output; `dshift = sum of g`, `dscale = sum of g * n` over the rows of a
+//! sample; `dx = dz`, `dbranch = gate * dz`, `dgate = sum of branch * dz`.
+
+mod cpu;
+
+use anneal_device::Device;
+
+use super::gate_residual::{blocks_per_sample, check_branch, reuse, vector};
+use super::row_blocks::{ColumnSums, RowBlocks, SumTarget};
+use super::{only, single};
+use crate::{BackwardPass, DType, Op, Outputs, Result, Saver, Tensor, TensorError, apply, dims};
+
+/// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension of `x` `[.., d]`,
+/// `weight` and `bias` `[d]`.
+///
+/// # Errors
+/// If a shape does not fit or a dtype is not a float.
+pub fn layer_norm(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f32) -> Result<Tensor> {
+    let op = RowNorm { name: "layer_norm", centered: true, form: Form::Affine, ..RowNorm::new(weight, bias, eps) };
+    let inputs: Vec<&Tensor> = [Some(x), weight, bias].into_iter().flatten().collect();
+    Ok(only(apply(op, &inputs)?))
+}
+
+/// `x / sqrt(mean of squares + eps) * weight` over the last dimension of `x` `[.., d]`, `weight` `[d]`.
+///
+/// # Errors
+/// If a shape does not fit or a dtype is not a float.
+pub fn rms_norm(x: &Tensor, weight: Option<&Tensor>, eps: f32) -> Result<Tensor> {
+    let op = RowNorm { name: "rms_norm", centered: false, form: Form::Affine, ..RowNorm::new(weight, None, eps) };
+    let inputs: Vec<&Tensor> = [Some(x), weight].into_iter().flatten().collect();
+    Ok(only(apply(op, &inputs)?))
+}
+
+/// `LN(x) * (1 + scale) + shift` for `x` `[b, .., d]`, `shift` and `scale` `[b, d]` (rows of any stride).
+///
+/// # Errors
+/// If a shape does not fit or a dtype is not a float.
+pub fn layer_norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f32) -> Result<Tensor> {
+    let op = RowNorm { name: "layer_norm_modulate", ..RowNorm::new(Some(scale), Some(shift), eps) };
+    Ok(only(apply(op, &[x, scale, shift])?))
+}
+
+/// `z = x + gate * branch` and `LN(z) * (1 + scale) + shift`, in one pass: returns both.
+///
+/// `x`, `branch` `[b, .., d]`; `gate`, `shift`, `scale` `[b, d]` (rows of any stride).
+///
+/// # Errors
+/// If a shape does not fit, `x` and `branch` differ in dtype, or a dtype is not a float.
+pub fn gate_residual_layer_norm_modulate(
+    x: &Tensor,
+    branch: &Tensor,
+    gate: &Tensor,
+    shift: &Tensor,
+    scale: &Tensor,
+    eps: f32,
+) -> Result<(Tensor, Tensor)> {
+    let name = "gate_residual_layer_norm_modulate";
+    let op = RowNorm { name, form: Form::Gated, ..RowNorm::new(Some(scale), Some(shift), eps) };
+    let mut outputs = apply(op, &[x, scale, shift, branch, gate])?.into_iter();
+    let (sum, normal) = (outputs.next(), outputs.next());
+    Ok((sum.expect("the sum"), normal.expect("the normalised rows")))
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    /// Multiplier and shift of `[d]`.
+    Affine,
+    /// `1 + scale` and shift of `[b, d]`.
+    Modulated,
+    /// The same after a gated residual.
+    Gated,
+}
+
+/// Inputs in order: x, the branch if gated, then the vectors that are there: scale, shift, gate.
+struct RowNorm {
+    name: &'static str,
+    centered: bool,
+    form: Form,
+    scale: Option<DType>,
+    shift: Option<DType>,
+    gate: Option<DType>,
+    eps: f32,
+}
+
+/// The vectors of a call, each `[d]` or one row per group.
+struct Vectors {
+    scale: Option<Tensor>,
+    shift: Option<Tensor>,
+    gate: Option<Tensor>,
+    /// Added to the scale (or standing alone) to give the multiplier.
+    base: f32,
+}
+
+impl RowNorm {
+    fn new(name: &'static str, form: Form, scale: Option<&Tensor>, shift: Option<&Tensor>, eps: f32) -> Self {
+        let (scale, shift) = (scale.map(Tensor::dtype), shift.map(Tensor::dtype));
+        Self { name, centered: true, form, scale, shift, gate: None, eps }
+    }
+
+    fn gated(&self) -> bool {
+        self.form == Form::Gated
+    }
+
+    /// Position of the first vector among the inputs.
+    fn first_vector(&self) -> usize {
+        1 + usize::from(self.gated())
+    }
+
+    fn blocks(&self, x: &Tensor) -> Result<RowBlocks> {
+        if self.form != Form::Affine {
+            return blocks_per_sample(self.name, x);
+        }
+        let Some((width, rows)) = x.dims().split_last() else {
+            return Err(TensorError::shape(self.name, "expected x of shape [.., d], found a scalar"));
+        };
+        Ok(RowBlocks::new(1, rows.iter().product(), *width))
+    }
+
+    fn vector_sizes(&self, blocks: &RowBlocks) -> Dims {
+        if self.form == Form::Affine { dims(&[blocks.width]) } else { dims(&[blocks.groups, blocks.width]) }
+    }
+
+    fn vectors(
+        &self,
+        x: &Tensor,
+        blocks: &RowBlocks,
+        [scale, shift, gate]: [Option<&Tensor>; 3],
+    ) -> Result<Vectors> {
+        let sizes = self.vector_sizes(blocks);
+        let affine = self.form == Form::Affine;
+        let check = |name, given: Option<&Tensor>| {
+            given.map(|given| vector(self.name, name, given, &sizes, x)).transpose()
+        };
+        Ok(Vectors {
+            scale: check(if affine { "weight" } else { "scale" }, scale)?,
+            shift: check(if affine { "bias" } else { "shift" }, shift)?,
+            gate: check("gate", gate)?,
+            base: if affine && scale.is_some() { 0.0 } else { 1.0 },
+        })
+    }
+}
+
+impl Op for RowNorm {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn forward(&self, inputs: &[&Tensor], saver: &mut Saver) -> Result<Outputs> {
+        let x = inputs[0];
+        let blocks = self.blocks(x)?;
+        let mut given = inputs[self.first_vector()..].iter().copied();
+        let mut next = |present: Option<DType>| present.and_then(|_| given.next());
+        let given = [next(self.scale), next(self.shift), next(self.gate)];
+        let vectors = self.vectors(x, &blocks, given)?;
+        let like_x = || Tensor::empty(x.device(), x.dims(), x.dtype());
+        let (mut branch, mut sum, mut statistics) = (None, None, None);
+        if self.gated() {
+            check_branch(self.name, x, inputs[1])?;
+            (branch, sum) = (Some(inputs[1].contiguous()?), Some(like_x()?));
+        }
+        if saver.recording() {
+            statistics = Some(Tensor::empty(x.device(), &[blocks.groups * blocks.rows, 2], DType::F32)?);
+        }
+        let output = like_x()?;
+        let job = cpu::Forward {
+            blocks: &blocks,
+            x: &x.contiguous()?,
+            vectors: &vectors,
+            gated: branch.as_ref().zip(sum.as_ref()),
+            output: &output,
+            statistics: statistics.as_ref(),
+        };
+        match x.device() {
+            Device::Cpu(cpu) => cpu::forward(&cpu.pool, self, &job)?,
+        }
+        match &sum {
+            Some(sum) => saver.tensor(sum),
+            None => saver.input(0, x),
+        }
+        if let Some(statistics) = &statistics {
+            saver.tensor(statistics);
+        }
+        // The shift's values are not needed again.
+        for index in (1..inputs.len()).filter(|index| Some(*index) != self.shift_input()) {
+            saver.input(index, inputs[index]);
+        }
+        Ok(sum.into_iter().chain([output]).collect())
+    }
+
+    fn backward(&self, pass: &mut BackwardPass) -> Result<()> {
+        todo!()
+    }
+}
