@@ -77,12 +77,17 @@ fn apply_override(tree: &mut Node, text: &str) -> Result<(), RecipeError> {
 
 /// Sets a key that is absent or null; does nothing where the section is not a section, which the reader reports.
 fn set_default(tree: &mut Node, section: &str, key: &str, value: Value) {
-    let origin = Origin::Line(0);
+    set_default_from(tree, section, key, Node { value, origin: Origin::Line(0) });
+}
+
+/// The same with the place that the default follows from.
+fn set_default_from(tree: &mut Node, section: &str, key: &str, default: Node) {
+    let origin = default.origin;
     let parent = if section.is_empty() { Some(tree) } else { tree.entry(section, origin) };
     if let Some(node) =
         parent.and_then(|parent| parent.entry(key, origin)).filter(|node| node.value == Value::Null)
     {
-        node.value = value;
+        *node = default;
     }
 }
 
@@ -101,9 +106,9 @@ fn fill_dependent_defaults(tree: &mut Node, file: &str) {
         set_default(tree, "model", "kind", Value::Text("dit".into()));
     }
     for key in ["image_size", "channels"] {
-        let of_model = tree.get("model").and_then(|model| model.get(key)).map(|node| node.value.clone());
-        if let Some(value) = of_model.filter(|_| tree.get("data").is_some()) {
-            set_default(tree, "data", key, value);
+        let of_model = tree.get("model").and_then(|model| model.get(key)).cloned();
+        if let Some(default) = of_model.filter(|_| tree.get("data").is_some()) {
+            set_default_from(tree, "data", key, default);
         }
     }
     let sampler = if is_flow(tree) { "flow_euler" } else { "ddim" };
