@@ -6,7 +6,11 @@ mod cast;
 mod diffusion_loss;
 #[path = "../src/ops/feed_forward/tests.rs"]
 mod feed_forward;
+#[path = "../src/ops/gate_residual/tests.rs"]
+mod gate_residual;
 #[path = "../src/ops/linear/tests.rs"]
 mod linear;
 #[path = "../src/ops/reshape/tests.rs"]
 mod reshape;
+#[path = "../src/ops/row_norm/tests.rs"]
+mod row_norm;

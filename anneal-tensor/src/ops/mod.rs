@@ -9,15 +9,21 @@ mod cast;
 pub(crate) mod copy;
 mod diffusion_loss;
 mod feed_forward;
+mod gate_residual;
 mod linear;
 mod reshape;
+mod row_blocks;
+mod row_norm;
+mod scratch;
 
 pub use cast::cast;
 pub use copy::overwrite;
 pub use diffusion_loss::{DiffusionLoss, DiffusionLossRow, VariationalRow, diffusion_loss};
 pub use feed_forward::feed_forward;
+pub use gate_residual::gate_residual;
 pub use linear::{Activation, linear};
 pub use reshape::{concat, narrow, permute, reshape, split};
+pub use row_norm::{gate_residual_layer_norm_modulate, layer_norm, layer_norm_modulate, rms_norm};
 
 use crate::{Outputs, Tensor};
 

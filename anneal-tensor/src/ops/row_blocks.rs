@@ -83,11 +83,16 @@ impl ColumnSums {
     /// Nobody else holds those of the same block.
     pub unsafe fn zeroed<const N: usize>(&self, block: Block) -> [&mut [f32]; N] {
         assert_eq!(N, self.count);
-        let memory = Shared::new(self.partial.pointer::<f32>());
-        std::array::from_fn(|which| {
-            // SAFETY: the caller's promise; rows of different `which` do not overlap.
-            let sum = unsafe { memory.slice((block.index * N + which) * self.width, self.width) };
-            sum.fill(0.0);
+        // SAFETY: the block's part of the memory is the caller's alone, as promised.
+        let sums = unsafe {
+            let start = self.partial.pointer::<f32>().add(block.index * N * self.width);
+            std::slice::from_raw_parts_mut(start, N * self.width)
+        };
+        sums.fill(0.0);
+        let mut rest = sums;
+        std::array::from_fn(|_| {
+            let (sum, after) = std::mem::take(&mut rest).split_at_mut(self.width);
+            rest = after;
             sum
         })
     }
@@ -161,9 +166,7 @@ impl SumTarget {
             return Ok(None);
         }
         Ok(Some(match pass.sink(input)? {
-            Some(sink) => {
-                Self { input, tensor: sink.gradient, accumulate: sink.accumulate, is_sink: true }
-            }
+            Some(sink) => Self { input, tensor: sink.gradient, accumulate: sink.accumulate, is_sink: true },
             None => {
                 let tensor = Tensor::empty(device, sizes, dtype)?;
                 Self { input, tensor, accumulate: false, is_sink: false }

@@ -33,10 +33,19 @@ pub(super) fn blocks_per_sample(op: &'static str, x: &Tensor) -> Result<RowBlock
 }
 
 /// Checks a row per group, and makes its elements neighbours; the stride of rows may be any.
-pub(super) fn vector(op: &'static str, name: &str, vector: &Tensor, expected: &[usize], x: &Tensor) -> Result<Tensor> {
+pub(super) fn vector(
+    op: &'static str,
+    name: &str,
+    vector: &Tensor,
+    expected: &[usize],
+    x: &Tensor,
+) -> Result<Tensor> {
     if vector.dims() != expected {
-        let message =
-            format!("{name} has shape {:?}; for x of shape {:?} it must be {expected:?}", vector.dims(), x.dims());
+        let message = format!(
+            "{name} has shape {:?}; for x of shape {:?} it must be {expected:?}",
+            vector.dims(),
+            x.dims()
+        );
         return Err(TensorError::shape(op, message));
     }
     if !vector.dtype().is_float() {

@@ -22,9 +22,9 @@ mod cpu;
 use anneal_device::Device;
 
 use super::gate_residual::{blocks_per_sample, check_branch, reuse, vector};
+use super::only;
 use super::row_blocks::{ColumnSums, RowBlocks, SumTarget};
-use super::{only, single};
-use crate::{BackwardPass, DType, Op, Outputs, Result, Saver, Tensor, TensorError, apply, dims};
+use crate::{BackwardPass, DType, Dims, Op, Outputs, Result, Saver, Tensor, TensorError, apply, dims};
 
 /// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension of `x` `[.., d]`,
 /// `weight` and `bias` `[d]`.
@@ -32,7 +32,7 @@ use crate::{BackwardPass, DType, Op, Outputs, Result, Saver, Tensor, TensorError
 /// # Errors
 /// If a shape does not fit or a dtype is not a float.
 pub fn layer_norm(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f32) -> Result<Tensor> {
-    let op = RowNorm { name: "layer_norm", centered: true, form: Form::Affine, ..RowNorm::new(weight, bias, eps) };
+    let op = RowNorm::new("layer_norm", Form::Affine, weight, bias, eps);
     let inputs: Vec<&Tensor> = [Some(x), weight, bias].into_iter().flatten().collect();
     Ok(only(apply(op, &inputs)?))
 }
@@ -42,7 +42,7 @@ pub fn layer_norm(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, ep
 /// # Errors
 /// If a shape does not fit or a dtype is not a float.
 pub fn rms_norm(x: &Tensor, weight: Option<&Tensor>, eps: f32) -> Result<Tensor> {
-    let op = RowNorm { name: "rms_norm", centered: false, form: Form::Affine, ..RowNorm::new(weight, None, eps) };
+    let op = RowNorm { centered: false, ..RowNorm::new("rms_norm", Form::Affine, weight, None, eps) };
     let inputs: Vec<&Tensor> = [Some(x), weight].into_iter().flatten().collect();
     Ok(only(apply(op, &inputs)?))
 }
@@ -52,7 +52,7 @@ pub fn rms_norm(x: &Tensor, weight: Option<&Tensor>, eps: f32) -> Result<Tensor>
 /// # Errors
 /// If a shape does not fit or a dtype is not a float.
 pub fn layer_norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f32) -> Result<Tensor> {
-    let op = RowNorm { name: "layer_norm_modulate", ..RowNorm::new(Some(scale), Some(shift), eps) };
+    let op = RowNorm::new("layer_norm_modulate", Form::Modulated, Some(scale), Some(shift), eps);
     Ok(only(apply(op, &[x, scale, shift])?))
 }
 
@@ -71,8 +71,9 @@ pub fn gate_residual_layer_norm_modulate(
     eps: f32,
 ) -> Result<(Tensor, Tensor)> {
     let name = "gate_residual_layer_norm_modulate";
-    let op = RowNorm { name, form: Form::Gated, ..RowNorm::new(Some(scale), Some(shift), eps) };
-    let mut outputs = apply(op, &[x, scale, shift, branch, gate])?.into_iter();
+    let new = RowNorm::new(name, Form::Gated, Some(scale), Some(shift), eps);
+    let op = RowNorm { gate: Some(gate.dtype()), ..new };
+    let mut outputs = apply(op, &[x, branch, scale, shift, gate])?.into_iter();
     let (sum, normal) = (outputs.next(), outputs.next());
     Ok((sum.expect("the sum"), normal.expect("the normalised rows")))
 }
@@ -122,6 +123,16 @@ impl RowNorm {
         1 + usize::from(self.gated())
     }
 
+    /// Positions of scale, shift and gate among the inputs.
+    fn vector_inputs(&self) -> [Option<usize>; 3] {
+        let mut next = self.first_vector();
+        [self.scale, self.shift, self.gate].map(|dtype| {
+            dtype?;
+            next += 1;
+            Some(next - 1)
+        })
+    }
+
     fn blocks(&self, x: &Tensor) -> Result<RowBlocks> {
         if self.form != Form::Affine {
             return blocks_per_sample(self.name, x);
@@ -156,6 +167,24 @@ impl RowNorm {
     }
 }
 
+impl RowNorm {
+    /// Where the gradients of scale, shift and gate go.
+    fn vector_targets(
+        &self,
+        pass: &BackwardPass,
+        blocks: &RowBlocks,
+        device: &Device,
+    ) -> Result<[Option<SumTarget>; 3]> {
+        let sizes = self.vector_sizes(blocks);
+        let [scale, shift, gate] = self.vector_inputs();
+        let target = |input: Option<usize>, dtype: Option<DType>| match input.zip(dtype) {
+            Some((input, dtype)) => SumTarget::new(pass, input, device, &sizes, dtype),
+            None => Ok(None),
+        };
+        Ok([target(scale, self.scale)?, target(shift, self.shift)?, target(gate, self.gate)?])
+    }
+}
+
 impl Op for RowNorm {
     fn name(&self) -> &'static str {
         self.name
@@ -164,10 +193,8 @@ impl Op for RowNorm {
     fn forward(&self, inputs: &[&Tensor], saver: &mut Saver) -> Result<Outputs> {
         let x = inputs[0];
         let blocks = self.blocks(x)?;
-        let mut given = inputs[self.first_vector()..].iter().copied();
-        let mut next = |present: Option<DType>| present.and_then(|_| given.next());
-        let given = [next(self.scale), next(self.shift), next(self.gate)];
-        let vectors = self.vectors(x, &blocks, given)?;
+        let positions = self.vector_inputs();
+        let vectors = self.vectors(x, &blocks, positions.map(|position| Some(inputs[position?])))?;
         let like_x = || Tensor::empty(x.device(), x.dims(), x.dtype());
         let (mut branch, mut sum, mut statistics) = (None, None, None);
         if self.gated() {
@@ -197,13 +224,57 @@ impl Op for RowNorm {
             saver.tensor(statistics);
         }
         // The shift's values are not needed again.
-        for index in (1..inputs.len()).filter(|index| Some(*index) != self.shift_input()) {
+        for index in (1..inputs.len()).filter(|index| Some(*index) != positions[1]) {
             saver.input(index, inputs[index]);
         }
         Ok(sum.into_iter().chain([output]).collect())
     }
 
     fn backward(&self, pass: &mut BackwardPass) -> Result<()> {
-        todo!()
+        let z = pass.take_saved(0)?.contiguous()?;
+        let statistics = pass.take_saved(1)?;
+        let branch = if self.gated() { Some(pass.take_saved(2)?.contiguous()?) } else { None };
+        let blocks = self.blocks(&z)?;
+        let saved = 1 + self.first_vector();
+        let scale = self.scale.map(|_| pass.saved(saved)).transpose()?;
+        let gate = self.gate.map(|_| pass.saved(saved + 1)).transpose()?;
+        let vectors = self.vectors(&z, &blocks, [scale.as_ref(), None, gate.as_ref()])?;
+        let normal_output = usize::from(self.gated());
+        let gradient = match pass.take_gradient(normal_output) {
+            Some(gradient) => gradient.contiguous()?,
+            None => Tensor::zeros(z.device(), z.dims(), z.dtype())?,
+        };
+        let sum_gradient = if self.gated() { pass.take_gradient(0) } else { None };
+        let sum_gradient = sum_gradient.map(|gradient| gradient.contiguous()).transpose()?;
+        let (z_gradient, branch_gradient) = match (&branch, &sum_gradient) {
+            (None, _) => (reuse(&gradient)?, None),
+            (Some(_), Some(sum)) => (reuse(sum)?, Some(reuse(&gradient)?)),
+            (Some(_), None) => (Tensor::empty(z.device(), z.dims(), z.dtype())?, Some(reuse(&gradient)?)),
+        };
+        let sums = ColumnSums::new(z.device(), &blocks, 3)?;
+        let mut targets = self.vector_targets(pass, &blocks, z.device())?;
+        let job = cpu::Backward {
+            blocks: &blocks,
+            z: &z,
+            statistics: &statistics,
+            vectors: &vectors,
+            gradient: &gradient,
+            sum_gradient: sum_gradient.as_ref(),
+            z_gradient: &z_gradient,
+            branch: branch.as_ref().zip(branch_gradient.as_ref()),
+            sums: &sums,
+        };
+        match z.device() {
+            Device::Cpu(cpu) => {
+                cpu::backward(&cpu.pool, self, &job)?;
+                for (which, target) in targets.iter_mut().enumerate() {
+                    target.as_mut().map_or(Ok(()), |target| sums.write(&cpu.pool, &blocks, which, target))?;
+                }
+            }
+        }
+        drop((gradient, sum_gradient));
+        pass.give(0, z_gradient)?;
+        branch_gradient.map_or(Ok(()), |gradient| pass.give(1, gradient))?;
+        targets.into_iter().flatten().try_for_each(|target| target.give(pass))
     }
 }

@@ -1,0 +1,240 @@
+use anneal_device::ThreadPool;
+use anneal_device::cpu::vectorize;
+
+use super::{RowNorm, Vectors};
+use crate::ops::gate_residual::cpu::{add_gated, load};
+use crate::ops::row_blocks::{Block, ColumnSums, RowBlocks};
+use crate::ops::scratch;
+use crate::parallel::Shared;
+use crate::{Float, Result, Tensor, for_float};
+
+pub(super) struct Forward<'a> {
+    pub blocks: &'a RowBlocks,
+    pub x: &'a Tensor,
+    pub vectors: &'a Vectors,
+    /// The branch, and where `x + gate * branch` goes.
+    pub gated: Option<(&'a Tensor, &'a Tensor)>,
+    pub output: &'a Tensor,
+    /// Mean and rstd of each row, `[rows, 2]`.
+    pub statistics: Option<&'a Tensor>,
+}
+
+pub(super) struct Backward<'a> {
+    pub blocks: &'a RowBlocks,
+    /// The rows that were normalised.
+    pub z: &'a Tensor,
+    pub statistics: &'a Tensor,
+    pub vectors: &'a Vectors,
+    /// The gradient of the normalised rows, and that of `z` as an output.
+    pub gradient: &'a Tensor,
+    pub sum_gradient: Option<&'a Tensor>,
+    /// May lie in the memory of either gradient.
+    pub z_gradient: &'a Tensor,
+    /// The branch and its gradient, which may lie in the memory of `gradient`.
+    pub branch: Option<(&'a Tensor, &'a Tensor)>,
+    /// Of scale, shift and gate.
+    pub sums: &'a ColumnSums,
+}
+
+/// Partial sums of a row: two vectors of the widest unit, added up in a fixed order.
+const LANES: usize = 32;
+
+#[inline(always)]
+fn total(lanes: &[f32; LANES]) -> f32 {
+    let mut lanes = *lanes;
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// The sum of `term` over a row.
+#[inline(always)]
+fn row_sum<T: Float>(row: &[T], term: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    let chunks = row.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            lanes[lane] += term(chunk[lane].to_f32());
+        }
+    }
+    for (lane, value) in lanes.iter_mut().zip(rest) {
+        *lane += term(value.to_f32());
+    }
+    total(&lanes)
+}
+
+/// The sums of `a` and of `a * b` over two rows of one length.
+#[inline(always)]
+fn sum_and_product(a: &[f32], b: &[f32]) -> (f32, f32) {
+    let (mut sums, mut products) = ([0.0; LANES], [0.0; LANES]);
+    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let rest = a_chunks.remainder().iter().zip(b_chunks.remainder());
+    for (a, b) in a_chunks.zip(b_chunks) {
+        for lane in 0..LANES {
+            sums[lane] += a[lane];
+            products[lane] += a[lane] * b[lane];
+        }
+    }
+    for (lane, (a, b)) in rest.enumerate() {
+        sums[lane] += a;
+        products[lane] += a * b;
+    }
+    (total(&sums), total(&products))
+}
+
+/// Mean (zero if the rows are not centred) and reciprocal deviation.
+#[inline(always)]
+fn statistics<T: Float>(row: &[T], op: &RowNorm) -> [f32; 2] {
+    let count = row.len() as f32;
+    let mean = if op.centered { row_sum(row, |value| value) / count } else { 0.0 };
+    let variance = row_sum(row, |value| (value - mean) * (value - mean)) / count;
+    [mean, 1.0 / (variance + op.eps).sqrt()]
+}
+
+/// The multiplier of a group's rows.
+fn load_multiplier(vectors: &Vectors, group: usize, into: &mut [f32]) {
+    load(vectors.scale.as_ref(), group, into);
+    if vectors.base != 0.0 {
+        into.iter_mut().for_each(|value| *value += vectors.base);
+    }
+}
+
+pub(super) fn forward(pool: &ThreadPool, op: &RowNorm, job: &Forward) -> Result<()> {
+    for_float!(op.name, job.x.dtype(), T => {
+        let (x, width) = (job.x.data::<T>(), job.blocks.width);
+        let gated = job.gated.map(|(branch, sum)| (branch.data::<T>(), Shared::new(sum.pointer::<T>())));
+        let output = Shared::new(job.output.pointer::<T>());
+        let stored = job.statistics.map(|statistics| Shared::new(statistics.pointer::<f32>()));
+        job.blocks.run(pool, |block| scratch::rows(width, |[multiplier, shift, gate]| {
+            load_multiplier(job.vectors, block.group, multiplier);
+            load(job.vectors.shift.as_ref(), block.group, shift);
+            load(job.vectors.gate.as_ref(), block.group, gate);
+            vectorize(#[inline(always)] || {
+                for row in block.first..block.first + block.rows {
+                    let range = row * width..(row + 1) * width;
+                    let mut z = &x[range.clone()];
+                    if let Some((branch, sum)) = &gated {
+                        // SAFETY: here and below: each row is in one block.
+                        let sum = unsafe { sum.slice(range.start, width) };
+                        add_gated(z, &branch[range.clone()], gate, sum);
+                        z = sum;
+                    }
+                    let [mean, rstd] = statistics(z, op);
+                    let out = unsafe { output.slice(range.start, width) };
+                    let terms = z.iter().zip(&*multiplier).zip(&*shift);
+                    for (out, ((z, multiplier), shift)) in out.iter_mut().zip(terms) {
+                        *out = T::from_f32((z.to_f32() - mean) * rstd * multiplier + shift);
+                    }
+                    if let Some(stored) = stored {
+                        unsafe { stored.slice(2 * row, 2) }.copy_from_slice(&[mean, rstd]);
+                    }
+                }
+            });
+        }));
+        Ok(())
+    })
+}
+
+pub(super) fn backward(pool: &ThreadPool, op: &RowNorm, job: &Backward) -> Result<()> {
+    for_float!(op.name, job.z.dtype(), T => {
+        job.blocks.run(pool, |block| backward_block::<T>(op, job, block));
+        Ok(())
+    })
+}
+
+/// Each row is read whole into f32 rows before anything is written, so that the results may
+/// take the memory of the gradients.
+fn backward_block<T: Float>(op: &RowNorm, job: &Backward, block: Block) {
+    let width = job.blocks.width;
+    let z = job.z.data::<T>();
+    let statistics = job.statistics.data::<f32>();
+    let shared = |tensor: &Tensor| Shared::new(tensor.pointer::<T>());
+    let (gradient, z_gradient) = (shared(job.gradient), shared(job.z_gradient));
+    let sum_gradient = job.sum_gradient.map(shared);
+    let branch = job.branch.map(|(branch, gradient)| (branch.data::<T>(), shared(gradient)));
+    // SAFETY: each block is worked on once.
+    let [scale_sum, shift_sum, gate_sum] = unsafe { job.sums.zeroed(block) };
+    scratch::rows(width, |[multiplier, gate, n, p]| {
+        load_multiplier(job.vectors, block.group, multiplier);
+        load(job.vectors.gate.as_ref(), block.group, gate);
+        vectorize(
+            #[inline(always)]
+            || {
+                for row in block.first..block.first + block.rows {
+                    let start = row * width;
+                    let [mean, rstd] = [statistics[2 * row], statistics[2 * row + 1]];
+                    // SAFETY: here and below: each row is in one block, and a slice of memory that
+                    // two tensors may share is gone before the other's is made.
+                    let incoming = unsafe { &*gradient.slice(start, width) };
+                    let inputs = Inputs { z: &z[start..start + width], gradient: incoming, multiplier };
+                    project(&inputs, mean, rstd, [scale_sum, shift_sum], n, p);
+                    let (sum, product) = sum_and_product(p, n);
+                    let mean_p = if op.centered { sum / width as f32 } else { 0.0 };
+                    let mean_pn = product / width as f32;
+                    match sum_gradient {
+                        Some(direct) => {
+                            let direct = unsafe { &*direct.slice(start, width) };
+                            for ((p, n), direct) in p.iter_mut().zip(&*n).zip(direct) {
+                                *p = rstd * (*p - mean_p - n * mean_pn) + direct.to_f32();
+                            }
+                        }
+                        None => {
+                            for (p, n) in p.iter_mut().zip(&*n) {
+                                *p = rstd * (*p - mean_p - n * mean_pn);
+                            }
+                        }
+                    }
+                    if let Some((branch, branch_gradient)) = branch {
+                        let values = branch[start..start + width].iter().zip(&*p);
+                        for (sum, (branch, dz)) in gate_sum.iter_mut().zip(values) {
+                            *sum += branch.to_f32() * dz;
+                        }
+                        let out = unsafe { branch_gradient.slice(start, width) };
+                        for (out, (gate, dz)) in out.iter_mut().zip(gate.iter().zip(&*p)) {
+                            *out = T::from_f32(gate * dz);
+                        }
+                    }
+                    let out = unsafe { z_gradient.slice(start, width) };
+                    out.iter_mut().zip(&*p).for_each(|(out, dz)| *out = T::from_f32(*dz));
+                }
+            },
+        );
+    });
+}
+
+/// One row of what backward reads.
+struct Inputs<'a, T> {
+    z: &'a [T],
+    gradient: &'a [T],
+    multiplier: &'a [f32],
+}
+
+/// `n` and `p = g * multiplier` of a row, and its terms in the sums of scale and shift.
+#[inline(always)]
+fn project<T: Float>(
+    inputs: &Inputs<T>,
+    mean: f32,
+    rstd: f32,
+    [scale_sum, shift_sum]: [&mut [f32]; 2],
+    n: &mut [f32],
+    p: &mut [f32],
+) {
+    let width = p.len();
+    let (z, gradient) = (&inputs.z[..width], &inputs.gradient[..width]);
+    let (multiplier, n) = (&inputs.multiplier[..width], &mut n[..width]);
+    let (scale_sum, shift_sum) = (&mut scale_sum[..width], &mut shift_sum[..width]);
+    for column in 0..width {
+        let g = gradient[column].to_f32();
+        let normal = (z[column].to_f32() - mean) * rstd;
+        n[column] = normal;
+        p[column] = g * multiplier[column];
+        scale_sum[column] += g * normal;
+        shift_sum[column] += g;
+    }
+}
