@@ -2,7 +2,8 @@ use anneal_device::ThreadPool;
 use anneal_device::cpu::gemm::{self, Epilogue, Gemm, Matrix, MatrixMut, RowSums};
 use anneal_device::cpu::{ElementType, math, vectorize};
 
-use super::{Activation, Target};
+use super::super::gradient_target::GradientTarget;
+use super::Activation;
 use crate::parallel::{ELEMENTS_PER_TASK, parts_mut};
 use crate::shape::reshape_strides;
 use crate::{DType, Float, Result, Tensor, TensorError, for_float};
@@ -63,8 +64,8 @@ pub(super) fn parameter_gradients(
     pool: &ThreadPool,
     gradient: &Tensor,
     x: &Tensor,
-    weight: Option<&Target>,
-    bias: Option<&Target>,
+    weight: Option<&GradientTarget>,
+    bias: Option<&GradientTarget>,
 ) -> Result<()> {
     let (gradient, rows) = matrix_of_rows(gradient)?;
     match (weight, bias) {

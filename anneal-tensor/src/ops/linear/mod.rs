@@ -5,9 +5,10 @@
 
 pub(super) mod cpu;
 
-use crate::{BackwardPass, DType, Op, Outputs, Result, Saver, Sink, Tensor, TensorError, apply};
+use crate::{BackwardPass, Op, Outputs, Result, Saver, Tensor, TensorError, apply};
 use anneal_device::Device;
 
+use super::gradient_target::GradientTarget;
 use super::{only, single};
 
 /// The activation fused into a linear layer.
@@ -134,38 +135,19 @@ pub(super) struct Places {
 pub(super) fn parameter_gradients(pass: &mut BackwardPass, gradient: &Tensor, places: Places) -> Result<()> {
     let x = pass.saved(places.saved_x)?;
     let dims = pass.saved(places.saved_weight)?.dims().to_vec();
-    let target = |input: usize, sizes: &[usize]| {
-        pass.needs(input).then(|| Target::new(pass, input, gradient.device(), sizes)).transpose()
+    let device = gradient.device();
+    let weight = GradientTarget::new(pass, places.weight, device, &dims)?;
+    let bias = match places.bias {
+        Some(bias) => GradientTarget::new(pass, bias, device, &dims[..1])?,
+        None => None,
     };
-    let weight = target(places.weight, &dims)?;
-    let bias = places.bias.map(|bias| target(bias, &dims[..1])).transpose()?.flatten();
     match gradient.device() {
         Device::Cpu(cpu) => {
             cpu::parameter_gradients(&cpu.pool, gradient, &x, weight.as_ref(), bias.as_ref())?
         }
     }
-    for target in [weight, bias].into_iter().flatten().filter(|target| !target.is_sink) {
-        pass.give(target.input, super::cast(&target.gradient, gradient.dtype())?)?;
+    for target in [weight, bias].into_iter().flatten() {
+        target.give(pass, gradient.dtype())?;
     }
     Ok(())
-}
-
-/// Where a parameter's gradient is computed: its sink, or f32 memory that is given afterwards.
-pub(super) struct Target {
-    input: usize,
-    gradient: Tensor,
-    accumulate: bool,
-    is_sink: bool,
-}
-
-impl Target {
-    fn new(pass: &BackwardPass, input: usize, device: &Device, sizes: &[usize]) -> Result<Self> {
-        Ok(match pass.sink(input)? {
-            Some(Sink { gradient, accumulate }) => Self { input, gradient, accumulate, is_sink: true },
-            None => {
-                let gradient = Tensor::empty(device, sizes, DType::F32)?;
-                Self { input, gradient, accumulate: false, is_sink: false }
-            }
-        })
-    }
 }
