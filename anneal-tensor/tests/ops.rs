@@ -1,5 +1,7 @@
 //! The table of op tests: each op's own file beside its code.
 
+#[path = "../src/ops/attention/tests.rs"]
+mod attention;
 #[path = "../src/ops/cast/tests.rs"]
 mod cast;
 #[path = "../src/ops/diffusion_loss/tests.rs"]

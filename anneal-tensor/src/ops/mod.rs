@@ -5,6 +5,7 @@
 //! `h` heads, `c` channels, `m` rows of a flattened tensor.
 
 pub(crate) mod accumulate;
+mod attention;
 mod cast;
 pub(crate) mod copy;
 mod diffusion_loss;
@@ -16,6 +17,7 @@ mod row_blocks;
 mod row_norm;
 mod scratch;
 
+pub use attention::{AttentionInput, attention};
 pub use cast::cast;
 pub use copy::overwrite;
 pub use diffusion_loss::{DiffusionLoss, DiffusionLossRow, VariationalRow, diffusion_loss};

@@ -1,0 +1,131 @@
+//! Attention on the CPU. See `forward` and `backward` for the blocks, `product` for the
+//! arithmetic. Scores are held to the base 2: `scale * log2(e)` is multiplied into the queries
+//! as they are transposed, which saves a multiplication per score.
+
+mod backward;
+mod bias_gradient;
+mod block;
+mod forward;
+mod keys;
+mod memory;
+mod product;
+mod simd;
+
+use anneal_device::ThreadPool;
+
+use super::{Gradients, Operands, Saved, Sizes};
+use crate::parallel::Shared;
+use crate::{Result, Tensor};
+use memory::View;
+
+/// What all kernels know.
+struct Problem {
+    sizes: Sizes,
+    scale: f32,
+    query: View,
+    key: View,
+    value: View,
+    bias: Option<View>,
+    mask: Option<Mask>,
+}
+
+/// A mask `[B, M]` whose last dimension is contiguous.
+#[derive(Clone, Copy)]
+struct Mask {
+    memory: Shared<u8>,
+    stride: usize,
+}
+
+impl Problem {
+    fn new(sizes: &Sizes, scale: f32, operands: &Operands) -> Self {
+        let mask = operands.mask.as_ref();
+        Self {
+            sizes: *sizes,
+            scale,
+            query: View::of_heads(&operands.query),
+            key: View::of_heads(&operands.key),
+            value: View::of_heads(&operands.value),
+            bias: operands.bias.as_ref().map(View::of_bias),
+            mask: mask
+                .map(|mask| Mask { memory: Shared::new(mask.pointer::<u8>()), stride: mask.strides()[0] }),
+        }
+    }
+}
+
+/// Multiply-adds per task: enough to hide the fork.
+const WORK_PER_TASK: usize = 1 << 20;
+/// Tasks that a problem is cut into if it is large enough, whatever the number of threads.
+const WANTED_TASKS: usize = 64;
+/// Fewest queries of a task of its own: each copies the keys and values of its head.
+const LEAST_QUERIES: usize = 64;
+
+/// How work is cut into tasks: small heads share one, a large head is cut along its queries.
+#[derive(Clone, Copy)]
+struct Cut {
+    heads: usize,
+    parts: usize,
+    heads_per_task: usize,
+}
+
+impl Cut {
+    fn new(sizes: &Sizes) -> Self {
+        let heads = sizes.batch * sizes.heads;
+        let work = 2 * sizes.queries * sizes.keys * sizes.dim;
+        let parts = WANTED_TASKS.div_ceil(heads.max(1)).min(sizes.queries / LEAST_QUERIES).max(1);
+        let parts = if work / parts < WORK_PER_TASK { 1 } else { parts };
+        let heads_per_task = if parts > 1 { 1 } else { (WORK_PER_TASK / work.max(1)).max(1) };
+        Self { heads, parts, heads_per_task }
+    }
+
+    /// Calls `work` with the tasks' ranges of heads (counted over the batch) and their part.
+    fn run(&self, pool: &ThreadPool, work: impl Fn(std::ops::Range<usize>, usize) + Sync) {
+        let groups = self.heads.div_ceil(self.heads_per_task);
+        pool.run(groups * self.parts, |task| {
+            let first = task / self.parts * self.heads_per_task;
+            work(first..(first + self.heads_per_task).min(self.heads), task % self.parts);
+        });
+    }
+
+    /// The part's range out of `count` queries.
+    fn range(&self, part: usize, count: usize) -> std::ops::Range<usize> {
+        count * part / self.parts..count * (part + 1) / self.parts
+    }
+}
+
+pub(super) fn forward(
+    pool: &ThreadPool,
+    sizes: &Sizes,
+    scale: f32,
+    operands: &Operands,
+    output: &Tensor,
+    log_sums: Option<&Tensor>,
+) {
+    let problem = Problem::new(sizes, scale, operands);
+    let log_sums = log_sums.map(|tensor| Shared::new(tensor.pointer::<f32>()));
+    let cut = Cut::new(sizes);
+    let target = forward::Target { output: View::of_heads(output), log_sums };
+    cut.run(pool, |heads, part| forward::run(&problem, target, heads, cut.range(part, sizes.queries)));
+}
+
+pub(super) fn backward(
+    pool: &ThreadPool,
+    sizes: &Sizes,
+    scale: f32,
+    operands: &Operands,
+    saved: &Saved,
+    gradients: &Gradients,
+) -> Result<()> {
+    let problem = Problem::new(sizes, scale, operands);
+    let saved_views = block::Saved {
+        upstream: View::of_heads(&saved.upstream),
+        output: View::of_heads(&saved.output),
+        log_sums: Shared::new(saved.log_sums.pointer::<f32>()),
+    };
+    if gradients.query.is_some() || gradients.key.is_some() || gradients.value.is_some() {
+        backward::run(pool, &problem, &saved_views, gradients, saved.output.device())?;
+    }
+    if let Some(bias) = &gradients.bias {
+        bias_gradient::run(pool, &problem, &saved_views, bias);
+    }
+    Ok(())
+}

@@ -1,0 +1,153 @@
+//! The small matrix product under all of attention: `target (+)= left * right`.
+//!
+//! The left side is read one element at a time, in whatever layout it has, and multiplied with
+//! whole vectors of rows of the right side; sums stay in registers over the whole depth.
+//! Attention keeps scores as `[keys, queries]`, so that no product needs a transposed score.
+//! Each element of the target sums over the depth in order, however the tiles are cut.
+
+use super::simd::{Rows, Simd};
+
+/// The left operand: element (row, depth) at `row * row_stride + depth * depth_stride`,
+/// one of the two strides being 1.
+#[derive(Clone, Copy)]
+pub(super) struct Left {
+    pointer: *const f32,
+    stride: usize,
+    transposed: bool,
+}
+
+impl Left {
+    /// Rows as they lie in memory.
+    pub fn rows(rows: Rows<*const f32>) -> Self {
+        Self { pointer: rows.pointer, stride: rows.stride, transposed: false }
+    }
+
+    /// Memory holds the transposed operand: each of its rows is one step in depth.
+    pub fn columns(rows: Rows<*const f32>) -> Self {
+        Self { pointer: rows.pointer, stride: rows.stride, transposed: true }
+    }
+}
+
+/// Sizes of a product; `columns` in vectors.
+#[derive(Clone, Copy)]
+pub(super) struct Shape {
+    pub rows: usize,
+    pub columns: usize,
+    pub depth: usize,
+}
+
+/// `target = left * right`, or `target += left * right`.
+///
+/// # Safety
+/// The operands cover the shape, and the target overlaps neither of the others.
+pub(super) unsafe fn product<S: Simd>(
+    simd: S,
+    shape: Shape,
+    left: Left,
+    right: Rows<*const f32>,
+    target: Rows<*mut f32>,
+    accumulate: bool,
+) {
+    let chunks = shape.columns.div_ceil(S::MOST_COLUMNS);
+    for chunk in 0..chunks {
+        let column = shape.columns * chunk / chunks;
+        let columns = shape.columns * (chunk + 1) / chunks - column;
+        // Tiles of nearly equal height, so that none is too short to fill the pipeline.
+        let tiles = shape.rows.div_ceil(S::most_rows(columns));
+        for tile in 0..tiles {
+            let row = shape.rows * tile / tiles;
+            let rows = shape.rows * (tile + 1) / tiles - row;
+            // SAFETY: tiles lie within the shape.
+            unsafe {
+                let step = if left.transposed { 1 } else { left.stride };
+                let tile = Tile {
+                    left: Left { pointer: left.pointer.add(row * step), ..left },
+                    right: right.at(0, column * S::LANES),
+                    target: target.at(row, column * S::LANES),
+                    depth: shape.depth,
+                    accumulate,
+                };
+                tile.run(simd, rows, columns);
+            }
+        }
+    }
+}
+
+struct Tile {
+    left: Left,
+    right: Rows<*const f32>,
+    target: Rows<*mut f32>,
+    depth: usize,
+    accumulate: bool,
+}
+
+impl Tile {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(&self, simd: S, rows: usize, columns: usize) {
+        macro_rules! sizes {
+            ($($columns:literal: $($rows:literal)*;)*) => {
+                match (columns, rows) {
+                    // SAFETY: the caller's promise.
+                    $($(($columns, $rows) => unsafe {
+                        if self.left.transposed {
+                            self.sized::<S, $rows, $columns, true>(simd)
+                        } else {
+                            self.sized::<S, $rows, $columns, false>(simd)
+                        }
+                    },)*)*
+                    _ => unreachable!("no tile of {rows} x {columns}"),
+                }
+            };
+        }
+        sizes! {
+            1: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16;
+            2: 1 2 3 4 5 6 7 8 9 10 11 12 13 14;
+            3: 1 2 3 4 5 6 7 8;
+            4: 1 2 3 4 5 6;
+            5: 1 2 3 4 5;
+        }
+    }
+
+    unsafe fn sized<S: Simd, const R: usize, const C: usize, const TRANSPOSED: bool>(&self, simd: S) {
+        let Tile { left, right, target, depth, accumulate } = *self;
+        simd.call(
+            #[inline(always)]
+            || {
+                let mut sums = [[simd.splat(0.0); C]; R];
+                // SAFETY: the caller's promise.
+                unsafe {
+                    if accumulate {
+                        for r in 0..R {
+                            for c in 0..C {
+                                sums[r][c] = simd.load(target.row(r).add(c * S::LANES));
+                            }
+                        }
+                    }
+                    let (row_stride, depth_stride) =
+                        if TRANSPOSED { (1, left.stride) } else { (left.stride, 1) };
+                    let mut from_left = left.pointer;
+                    let mut from_right = right.pointer;
+                    for _ in 0..depth {
+                        let mut row = [simd.splat(0.0); C];
+                        for c in 0..C {
+                            row[c] = simd.load(from_right.add(c * S::LANES));
+                        }
+                        for r in 0..R {
+                            let factor = simd.splat(*from_left.add(r * row_stride));
+                            for c in 0..C {
+                                sums[r][c] = simd.mul_add(factor, row[c], sums[r][c]);
+                            }
+                        }
+                        from_left = from_left.add(depth_stride);
+                        from_right = from_right.add(right.stride);
+                    }
+                    for r in 0..R {
+                        for c in 0..C {
+                            simd.store(target.row(r).add(c * S::LANES), sums[r][c]);
+                        }
+                    }
+                }
+            },
+        )
+    }
+}
