@@ -25,23 +25,20 @@ pub struct Data {
     /// Mirror each image left to right with probability one half.
     #[serde(default)]
     pub flip: bool,
-    /// Raw values that become -1 and 1. Null: [0, 255] for bytes, [0, 16] for `digits`, unchanged for floats.
+    /// Raw values that become -1 and 1. Null: [0, 255] for bytes, [0, 16] for `digits`, floats as they are.
     #[serde(default)]
     pub range: Option<[f64; 2]>,
-    /// Factor on ready latents (0.18215 if they were stored unscaled).
+    /// Factor on ready latents, for `latents` only (0.18215 if they were stored unscaled).
     #[serde(default = "one")]
     pub scale: f64,
-    /// Name of the images: the array of an npz (`images`), the tensor of latent shards (`latents`). Null: that usual name.
+    /// Name of the images' array, for `npz` only. Null: `images`, or `arr_0`.
     #[serde(default)]
     pub images: Option<String>,
-    /// Name of the labels: array of an npz, tensor of latent shards, column of the metadata, member ending or json field
-    /// of tar shards. Null: the usual name of the kind; class folders need none.
+    /// Name of the labels' array, for `npz` only. Null: `labels`, or `arr_1`; the file may have none.
     #[serde(default)]
     pub labels: Option<String>,
-    /// Name of the captions, where the kind has them. Null: the usual name of the kind.
-    #[serde(default)]
-    pub captions: Option<String>,
-    /// Threads that read, decode and transform ahead of the step. The batches are the same for any number.
+    /// Threads that read, decode and transform ahead of the step; 0 does it within the step. The batches are the same for
+    /// any number.
     #[serde(default = "default_workers")]
     pub workers: usize,
     /// Batches made ready ahead of the step.

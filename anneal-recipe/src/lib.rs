@@ -31,7 +31,7 @@ pub use data::{Crop, Data, DataKind};
 pub use difference::differences;
 pub use diffusion::{Diffusion, Flow, Gaussian, NoiseSchedule, Target, TimeDensity};
 pub use error::{Place, RecipeError};
-pub use model::{DIT_PRESETS, Dit, DitArchitecture, Model};
+pub use model::{Convention, DIT_PRESETS, Dit, DitArchitecture, Model};
 pub use optim::{Decay, LearningRateSchedule, Optim, OptimKind};
 pub use run::{Checkpoint, Ema, GuidanceMode, Precision, Recipe, Sample, Sampler, Train};
 pub use units::{ByteSize, ImageSize};

@@ -52,6 +52,9 @@ pub struct Dit {
     /// Predict the variance too (twice the output channels); for `diffusion.kind: gaussian` only.
     #[serde(default)]
     pub learn_sigma: bool,
+    /// Which of the two published codes' timestep embedding the network has.
+    #[serde(default)]
+    pub convention: Convention,
     /// Recompute each block's activations in the backward pass: less memory, about a third more time.
     #[serde(default)]
     pub checkpoint_activations: bool,
@@ -59,6 +62,18 @@ pub struct Dit {
 
 fn default_label_dropout() -> f64 {
     0.1
+}
+
+/// The frequencies of the timestep embedding, in which the published codes differ: weights trained with one give noise
+/// with the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Convention {
+    /// As in the original DiT code and weights.
+    #[default]
+    Original,
+    /// As in diffusers, so that the trained folder opens there and gives the same images.
+    Diffusers,
 }
 
 /// What a valid [`Dit`] section says about the network's size.

@@ -237,7 +237,17 @@ fn check_data(data: &Data, model: &Model, problems: &mut Problems) {
         });
     }
     problems.positive("data.scale", data.scale);
-    problems.at_least("data.workers", data.workers, 1);
+    problems.require(data.scale == 1.0 || kind == DataKind::Latents, || {
+        format!("data.scale is {}, which applies to data.kind latents only; use data.range", data.scale)
+    });
+    problems.require(data.scale == 1.0 || data.range.is_none(), || {
+        format!("data.scale is {} and data.range is given; give one of the two", data.scale)
+    });
+    for (key, name) in [("images", &data.images), ("labels", &data.labels)] {
+        problems.require(name.is_none() || kind == DataKind::Npz, || {
+            format!("data.{key} names an array, which applies to data.kind npz only; remove it")
+        });
+    }
     problems.at_least("data.prefetch", data.prefetch, 1);
 }
 

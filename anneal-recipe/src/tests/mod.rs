@@ -95,7 +95,13 @@ fn the_resolved_recipe_loads_back_to_itself() {
             "sample.ema=0.9999",
             "output='a b/: #c'",
         ],
-        &["name='1e3'", "device='cpu:2'", "data.images='null'", "data.cache=0B", "ema.rates=[]"],
+        &[
+            "name='1e3'",
+            "device='cpu:2'",
+            "data={kind: npz, path: x, images: 'null'}",
+            "data.cache=0B",
+            "ema.rates=[]",
+        ],
         &["model.image_size=[8, 16]", "data={kind: npz, path: 'true'}", "seed=18446744073709551615"],
     ];
     for overrides in variants {

@@ -8,7 +8,7 @@ const LINE_1: &str = "in recipes/x.yaml, line 1";
 
 /// Overrides on a valid recipe (several are parted by `; `), the line that they must give, and its place.
 #[rustfmt::skip]
-const CASES: [(&str, &str, &str); 64] = [
+const CASES: [(&str, &str, &str); 67] = [
     ("train.batch=0", "train.batch is 0; it must be at least 1", TYPED),
     ("train.steps=0", "train.steps is 0; it must be at least 1", TYPED),
     ("train.accumulate=3", "train.accumulate is 3, which does not divide train.batch 8", TYPED),
@@ -45,7 +45,10 @@ const CASES: [(&str, &str, &str); 64] = [
     ("model.classes=9", "model.classes is 9, but the built-in digits have 10", TYPED),
     ("data.range=[1,1]", "data.range is [1, 1]; it must rise", TYPED),
     ("data.scale=0", "data.scale is 0; it must be above 0", TYPED),
-    ("data.workers=0", "data.workers is 0; it must be at least 1", TYPED),
+    ("data.scale=2", "data.scale is 2, which applies to data.kind latents only; use data.range", TYPED),
+    ("data.scale=2; data.range=[0, 1]", "data.scale is 2 and data.range is given; give one of the two", TYPED),
+    ("data.images=x", "data.images names an array, which applies to data.kind npz only; remove it", TYPED),
+    ("data.labels=y", "data.labels names an array, which applies to data.kind npz only; remove it", TYPED),
     ("data.prefetch=0", "data.prefetch is 0; it must be at least 1", TYPED),
     ("optim.lr=0", "optim.lr is 0; it must be above 0", TYPED),
     ("optim.clip=.nan", "optim.clip is NaN; it must be above 0", TYPED),
