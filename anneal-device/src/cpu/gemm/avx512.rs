@@ -42,7 +42,10 @@ unsafe fn rows<const R: usize, const V: usize>(tile: &Tile) {
         let (mut a, mut b) = (tile.a, tile.b);
         let mut columns = [_mm512_setzero_ps(); V];
         if tile.a_row_stride == 1 {
+            let ahead = 16 * tile.a_depth_stride;
             for _ in 0..tile.depth {
+                _mm_prefetch::<_MM_HINT_T0>(a.wrapping_add(ahead).cast());
+                _mm_prefetch::<_MM_HINT_T0>(a.wrapping_add(ahead + R - 1).cast());
                 for v in 0..V {
                     columns[v] = _mm512_loadu_ps(b.add(v * LANES));
                 }

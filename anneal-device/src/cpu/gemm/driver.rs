@@ -8,7 +8,7 @@ use super::{Gemm, pack, sums};
 use crate::ThreadPool;
 
 /// Largest depth block: a panel of B of this depth fills two thirds of a 48 KiB first-level cache.
-const DEPTH_BLOCK: usize = 256;
+const DEPTH_BLOCK: usize = 384;
 /// Values of packed B that are held at once; beyond, the columns are taken in several passes.
 const PANEL_BUDGET: usize = 4 << 20;
 /// The same when B is packed by the thread that uses it: half of its second-level cache.
@@ -289,7 +289,7 @@ unsafe fn multiply(
     for column in (0..block.columns).step_by(kernel.columns) {
         let columns = kernel.columns.min(block.columns - column);
         // SAFETY: the caller's.
-        let finish = finishing.then(|| unsafe { Finish::new(block, column, columns) });
+        let finish = finishing.then(|| unsafe { Finish::new(block, kernel.columns, column, columns) });
         for row in (0..block.rows).step_by(kernel.rows) {
             let tile = Tile {
                 depth,
@@ -304,6 +304,9 @@ unsafe fn multiply(
                 columns,
                 accumulate: onto_c || k > 0,
             };
+            if let Some(finish) = &finish {
+                finish.prefetch(row, tile.rows);
+            }
             // SAFETY: the caller's.
             unsafe {
                 (kernel.tile)(&tile);
