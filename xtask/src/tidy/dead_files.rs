@@ -128,8 +128,9 @@ fn unnamed_files(repository: &Repository) -> Vec<Finding> {
             if is_document(top) || code.iter().any(|(_, text)| has_word(text, stem)) {
                 continue;
             }
+            let top = format!("{GOLDEN}{top}");
             findings.push(Finding::new(
-                path,
+                &top,
                 1,
                 "no test names this golden file",
                 "test against it or delete it",
@@ -154,6 +155,8 @@ fn unnamed_files(repository: &Repository) -> Vec<Finding> {
             ));
         }
     }
+    // The files of a folder stand together.
+    findings.dedup();
     findings
 }
 
@@ -243,10 +246,13 @@ mod tests {
             ("anneal-testkit/golden/pipeline/model.json", ""),
             ("anneal-testkit/golden/README.md", "unused"),
             ("anneal-testkit/golden/unused.safetensors", ""),
+            ("anneal-testkit/golden/unnamed_folder/a.json", ""),
+            ("anneal-testkit/golden/unnamed_folder/b.json", ""),
         ];
         assert_eq!(
             findings(&files, &["a/tests/t.rs"]),
             [
+                "anneal-testkit/golden/unnamed_folder:1: no test names this golden file, test against it or delete it",
                 "anneal-testkit/golden/unused.safetensors:1: no test names this golden file, test against it or delete it"
             ]
         );
