@@ -2,6 +2,8 @@
 
 #[path = "../src/ops/attention/tests.rs"]
 mod attention;
+#[path = "../src/ops/binary/tests.rs"]
+mod binary;
 #[path = "../src/ops/cast/tests.rs"]
 mod cast;
 #[path = "../src/ops/diffusion_loss/tests.rs"]
@@ -12,7 +14,21 @@ mod feed_forward;
 mod gate_residual;
 #[path = "../src/ops/linear/tests.rs"]
 mod linear;
+#[path = "../src/ops/linear_combination/tests.rs"]
+mod linear_combination;
+#[path = "../src/ops/mse/tests.rs"]
+mod mse;
+#[path = "../src/ops/patches/tests.rs"]
+mod patches;
+#[path = "../src/ops/reduce/tests.rs"]
+mod reduce;
 #[path = "../src/ops/reshape/tests.rs"]
 mod reshape;
+#[path = "../src/ops/row_index/tests.rs"]
+mod row_index;
 #[path = "../src/ops/row_norm/tests.rs"]
 mod row_norm;
+#[path = "../src/ops/softmax/tests.rs"]
+mod softmax;
+#[path = "../src/ops/unary/tests.rs"]
+mod unary;

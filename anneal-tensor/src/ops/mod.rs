@@ -6,26 +6,44 @@
 
 pub(crate) mod accumulate;
 mod attention;
+mod binary;
 mod cast;
 pub(crate) mod copy;
 mod diffusion_loss;
+mod elementwise;
 mod feed_forward;
 mod gate_residual;
+mod gradient_target;
 mod linear;
+mod linear_combination;
+mod mse;
+mod patches;
+mod reduce;
 mod reshape;
 mod row_blocks;
+mod row_index;
 mod row_norm;
 mod scratch;
+mod softmax;
+mod unary;
 
 pub use attention::{AttentionInput, attention};
+pub use binary::{add, div, mul, sub};
 pub use cast::cast;
 pub use copy::overwrite;
 pub use diffusion_loss::{DiffusionLoss, DiffusionLossRow, VariationalRow, diffusion_loss};
 pub use feed_forward::feed_forward;
 pub use gate_residual::gate_residual;
 pub use linear::{Activation, linear};
+pub use linear_combination::{linear_combination, linear_combination_per_sample};
+pub use mse::mse;
+pub use patches::{patchify, unpatchify};
+pub use reduce::{max, mean, sum};
 pub use reshape::{concat, narrow, permute, reshape, split};
+pub use row_index::{embedding, gather_rows, scatter_rows};
 pub use row_norm::{gate_residual_layer_norm_modulate, layer_norm, layer_norm_modulate, rms_norm};
+pub use softmax::softmax;
+pub use unary::{Gelu, add_scalar, clamp, exp, gelu, log, neg, scale, sigmoid, silu, sqrt, square, tanh};
 
 use crate::{Outputs, Tensor};
 

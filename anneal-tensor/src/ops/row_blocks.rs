@@ -8,8 +8,9 @@
 use anneal_device::cpu::vectorize;
 use anneal_device::{Device, Purpose, ThreadPool};
 
-use crate::parallel::{ELEMENTS_PER_TASK, Shared};
-use crate::{BackwardPass, DType, Float, Result, Tensor, for_float};
+use super::gradient_target::GradientTarget;
+use crate::parallel::{ELEMENTS_PER_TASK, parts_mut};
+use crate::{DType, Result, Tensor};
 
 /// Blocks of all groups together are limited to about this many (at least one a group), so
 /// that adding up their sums stays small beside the work.
@@ -47,6 +48,11 @@ impl RowBlocks {
     /// Number of blocks.
     pub fn count(&self) -> usize {
         self.groups * self.per_group
+    }
+
+    /// Number of blocks of one group, which follow each other.
+    pub fn per_group(&self) -> usize {
+        self.per_group
     }
 
     /// Calls `work` once for each block.
@@ -98,84 +104,34 @@ impl ColumnSums {
     }
 
     /// Writes sum number `which` of every group.
-    pub fn write(
-        &self,
-        pool: &ThreadPool,
-        blocks: &RowBlocks,
-        which: usize,
-        target: &mut SumTarget,
-    ) -> Result<()> {
+    pub fn write(&self, pool: &ThreadPool, blocks: &RowBlocks, which: usize, target: &mut GradientTarget) {
         let partial = self.partial.data::<f32>();
         let (width, per_group) = (self.width, blocks.per_group);
         let groups_per_task = (ELEMENTS_PER_TASK / (width * per_group).max(1)).max(1);
-        for_float!("sum over rows", target.tensor.dtype(), T => {
-            let memory = Shared::new(target.tensor.pointer::<T>());
-            let accumulate = target.accumulate;
-            pool.run(blocks.groups.div_ceil(groups_per_task), |task| {
-                for group in task * groups_per_task..((task + 1) * groups_per_task).min(blocks.groups) {
-                    // SAFETY: rows of different groups do not overlap, and the target is written here alone.
-                    let out = unsafe { memory.slice(group * width, width) };
-                    let sums = &partial[group * per_group * self.count * width..];
-                    add_up(&sums[which * width..], self.count * width, per_group, out, accumulate);
-                }
-            });
-            Ok(())
-        })
+        let accumulate = target.accumulate;
+        // SAFETY: a gradient's memory is written by backward alone, one op at a time.
+        let sums = unsafe { target.gradient.shared_data_mut::<f32>() };
+        parts_mut(pool, sums, (groups_per_task * width).max(1), |task, sums| {
+            for (index, sum) in sums.chunks_mut(width).enumerate() {
+                let group = task * groups_per_task + index;
+                let parts = &partial[group * per_group * self.count * width..][which * width..];
+                add_up(parts, self.count * width, per_group, sum, accumulate);
+            }
+        });
     }
 }
 
-fn add_up<T: Float>(partial: &[f32], stride: usize, parts: usize, out: &mut [T], accumulate: bool) {
-    const COLUMNS: usize = 32;
+fn add_up(partial: &[f32], stride: usize, parts: usize, sum: &mut [f32], accumulate: bool) {
     vectorize(
         #[inline(always)]
         || {
-            for (chunk, out) in out.chunks_mut(COLUMNS).enumerate() {
-                let mut sums = [0.0; COLUMNS];
-                if accumulate {
-                    sums.iter_mut().zip(&*out).for_each(|(sum, value)| *sum = value.to_f32());
-                }
-                for part in 0..parts {
-                    let part = &partial[part * stride + chunk * COLUMNS..][..out.len()];
-                    sums.iter_mut().zip(part).for_each(|(sum, value)| *sum += value);
-                }
-                out.iter_mut().zip(&sums).for_each(|(value, sum)| *value = T::from_f32(*sum));
+            if !accumulate {
+                sum.fill(0.0);
+            }
+            for part in 0..parts {
+                let part = &partial[part * stride..][..sum.len()];
+                sum.iter_mut().zip(part).for_each(|(sum, value)| *sum += value);
             }
         },
     );
-}
-
-/// Where the gradient of an input that all rows share goes: straight into a parameter's sink,
-/// or into a new tensor.
-pub(crate) struct SumTarget {
-    input: usize,
-    tensor: Tensor,
-    accumulate: bool,
-    is_sink: bool,
-}
-
-impl SumTarget {
-    /// For an input of these sizes; `None` if its gradient is not wanted.
-    pub fn new(
-        pass: &BackwardPass,
-        input: usize,
-        device: &Device,
-        sizes: &[usize],
-        dtype: DType,
-    ) -> Result<Option<Self>> {
-        if !pass.needs(input) {
-            return Ok(None);
-        }
-        Ok(Some(match pass.sink(input)? {
-            Some(sink) => Self { input, tensor: sink.gradient, accumulate: sink.accumulate, is_sink: true },
-            None => {
-                let tensor = Tensor::empty(device, sizes, dtype)?;
-                Self { input, tensor, accumulate: false, is_sink: false }
-            }
-        }))
-    }
-
-    /// After writing: hands the gradient over, unless it lies in its sink already.
-    pub fn give(self, pass: &mut BackwardPass) -> Result<()> {
-        if self.is_sink { Ok(()) } else { pass.give(self.input, self.tensor) }
-    }
 }

@@ -7,9 +7,10 @@ pub(super) mod cpu;
 
 use anneal_device::Device;
 
-use super::row_blocks::{ColumnSums, RowBlocks, SumTarget};
+use super::gradient_target::GradientTarget;
+use super::row_blocks::{ColumnSums, RowBlocks};
 use super::{only, single};
-use crate::{BackwardPass, DType, Op, Outputs, Result, Saver, Tensor, TensorError, apply, dims};
+use crate::{BackwardPass, DType, Op, Outputs, Result, Saver, Tensor, TensorError, apply};
 
 /// `x + gate * branch` for `x`, `branch` `[b, .., d]` and `gate` `[b, d]` (rows of any stride).
 ///
@@ -109,18 +110,18 @@ impl Op for GateResidual {
         let sums = ColumnSums::new(&device, &blocks, 1)?;
         let dense = gradient.contiguous()?;
         let branch_gradient = reuse(&branch)?;
-        let mut gate_gradient = SumTarget::new(pass, 2, &device, &dims(gate.dims()), self.gate_dtype)?;
+        let mut gate_gradient = GradientTarget::new(pass, 2, &device, gate.dims())?;
         match &device {
             Device::Cpu(cpu) => {
                 cpu::backward(&cpu.pool, &blocks, &dense, &branch, &gate, &branch_gradient, &sums)?;
                 if let Some(target) = &mut gate_gradient {
-                    sums.write(&cpu.pool, &blocks, 0, target)?;
+                    sums.write(&cpu.pool, &blocks, 0, target);
                 }
             }
         }
         pass.give(0, gradient)?;
         drop(branch);
         pass.give(1, branch_gradient)?;
-        gate_gradient.map_or(Ok(()), |target| target.give(pass))
+        gate_gradient.map_or(Ok(()), |target| target.give(pass, self.gate_dtype))
     }
 }

@@ -22,8 +22,9 @@ mod cpu;
 use anneal_device::Device;
 
 use super::gate_residual::{blocks_per_sample, check_branch, reuse, vector};
+use super::gradient_target::GradientTarget;
 use super::only;
-use super::row_blocks::{ColumnSums, RowBlocks, SumTarget};
+use super::row_blocks::{ColumnSums, RowBlocks};
 use crate::{BackwardPass, DType, Dims, Op, Outputs, Result, Saver, Tensor, TensorError, apply, dims};
 
 /// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension of `x` `[.., d]`,
@@ -174,14 +175,14 @@ impl RowNorm {
         pass: &BackwardPass,
         blocks: &RowBlocks,
         device: &Device,
-    ) -> Result<[Option<SumTarget>; 3]> {
+    ) -> Result<[Option<GradientTarget>; 3]> {
         let sizes = self.vector_sizes(blocks);
         let [scale, shift, gate] = self.vector_inputs();
-        let target = |input: Option<usize>, dtype: Option<DType>| match input.zip(dtype) {
-            Some((input, dtype)) => SumTarget::new(pass, input, device, &sizes, dtype),
+        let target = |input: Option<usize>| match input {
+            Some(input) => GradientTarget::new(pass, input, device, &sizes),
             None => Ok(None),
         };
-        Ok([target(scale, self.scale)?, target(shift, self.shift)?, target(gate, self.gate)?])
+        Ok([target(scale)?, target(shift)?, target(gate)?])
     }
 }
 
@@ -268,13 +269,20 @@ impl Op for RowNorm {
             Device::Cpu(cpu) => {
                 cpu::backward(&cpu.pool, self, &job)?;
                 for (which, target) in targets.iter_mut().enumerate() {
-                    target.as_mut().map_or(Ok(()), |target| sums.write(&cpu.pool, &blocks, which, target))?;
+                    if let Some(target) = target {
+                        sums.write(&cpu.pool, &blocks, which, target);
+                    }
                 }
             }
         }
         drop((gradient, sum_gradient));
         pass.give(0, z_gradient)?;
         branch_gradient.map_or(Ok(()), |gradient| pass.give(1, gradient))?;
-        targets.into_iter().flatten().try_for_each(|target| target.give(pass))
+        for (target, dtype) in targets.into_iter().zip([self.scale, self.shift, self.gate]) {
+            if let Some((target, dtype)) = target.zip(dtype) {
+                target.give(pass, dtype)?;
+            }
+        }
+        Ok(())
     }
 }

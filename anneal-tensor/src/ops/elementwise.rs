@@ -1,0 +1,148 @@
+//! Element-wise functions on the CPU: `out[i] = f(a[i], b[i], ..)` for inputs of any float dtypes
+//! and strides (zero for a broadcast dimension), in f32 inside.
+//!
+//! Chunks of each input are brought into f32 rows that stay in the first-level cache, and the
+//! result leaves through such a row too. So each function is compiled once rather than once a
+//! combination of dtypes, and the result may lie in the memory of an input of the same layout.
+
+use anneal_device::ThreadPool;
+use anneal_device::cpu::vectorize;
+use smallvec::SmallVec;
+
+use crate::parallel::ELEMENTS_PER_TASK;
+use crate::{DType, Dims, Float, Result, Tensor, for_float};
+
+/// Elements of a chunk: a few rows of this length fit the first-level cache beside the data.
+const CHUNK: usize = 512;
+
+/// Dimensions of one size list, merged where every operand allows it; the last one separately.
+struct Walk<const N: usize> {
+    outer: SmallVec<[(usize, [usize; N]); 6]>,
+    inner: (usize, [usize; N]),
+}
+
+impl<const N: usize> Walk<N> {
+    fn new(sizes: &[usize], strides: [&[usize]; N]) -> Self {
+        let mut axes: SmallVec<[(usize, [usize; N]); 6]> = SmallVec::new();
+        for (axis, &size) in sizes.iter().enumerate().filter(|(_, size)| **size != 1) {
+            let step = strides.map(|strides| strides[axis]);
+            match axes.last_mut() {
+                Some((last_size, last)) if (0..N).all(|operand| last[operand] == size * step[operand]) => {
+                    *last_size *= size;
+                    *last = step;
+                }
+                _ => axes.push((size, step)),
+            }
+        }
+        let inner = axes.pop().unwrap_or((1, [1; N]));
+        Self { outer: axes, inner }
+    }
+
+    /// Where each operand's run number `run` of the inner dimension starts.
+    fn starts(&self, run: usize) -> [usize; N] {
+        let mut rest = run;
+        let mut starts = [0; N];
+        for (size, steps) in self.outer.iter().rev() {
+            let index = rest % size;
+            rest /= size;
+            (0..N).for_each(|operand| starts[operand] += index * steps[operand]);
+        }
+        starts
+    }
+}
+
+/// Strides with which a tensor is read as one of the sizes that it broadcasts to.
+pub(crate) fn broadcast_strides(tensor: &Tensor, sizes: &[usize]) -> Dims {
+    let missing = sizes.len() - tensor.rank();
+    (0..sizes.len())
+        .map(|axis| match axis.checked_sub(missing) {
+            Some(own) if tensor.size(own) == sizes[axis] => tensor.strides()[own],
+            _ => 0,
+        })
+        .collect()
+}
+
+/// `out[i] = f(inputs[i])`, each input broadcast to the sizes of the contiguous `out`.
+///
+/// The caller alone writes the memory of `out`.
+pub(crate) fn map<const N: usize>(
+    pool: &ThreadPool,
+    inputs: [&Tensor; N],
+    out: &Tensor,
+    f: impl Fn([f32; N]) -> f32 + Sync,
+) {
+    assert!(out.is_contiguous(), "the result of an element-wise function must be contiguous");
+    let total = out.elements();
+    let strides = inputs.map(|input| broadcast_strides(input, out.dims()));
+    let walk: Walk<N> = Walk::new(out.dims(), std::array::from_fn(|operand| &strides[operand][..]));
+    let (run_len, steps) = walk.inner;
+    pool.run(total.div_ceil(ELEMENTS_PER_TASK), |task| {
+        let end = ((task + 1) * ELEMENTS_PER_TASK).min(total);
+        let mut position = task * ELEMENTS_PER_TASK;
+        let mut rows = [[0.0f32; CHUNK]; N];
+        let mut result = [0.0f32; CHUNK];
+        while position < end {
+            let (run, within) = (position / run_len, position % run_len);
+            let len = CHUNK.min(run_len - within).min(end - position);
+            let starts = walk.starts(run);
+            for operand in 0..N {
+                let start = starts[operand] + within * steps[operand];
+                load(inputs[operand], start, steps[operand], &mut rows[operand][..len]);
+            }
+            vectorize(
+                #[inline(always)]
+                || {
+                    for index in 0..CHUNK.min(len) {
+                        result[index] = f(std::array::from_fn(
+                            #[inline(always)]
+                            |operand| rows[operand][index],
+                        ));
+                    }
+                },
+            );
+            store(&result[..len], out, position);
+            position += len;
+        }
+    });
+}
+
+/// Elements `start`, `start + step`, .. of the tensor's memory.
+fn load(tensor: &Tensor, start: usize, step: usize, into: &mut [f32]) {
+    let loaded: Result<()> = for_float!("element-wise", tensor.dtype(), T => {
+        // SAFETY: the walk stays within the view, whose strides these are.
+        let from = unsafe { tensor.pointer::<T>().add(start) };
+        match step {
+            0 => into.fill(unsafe { *from }.to_f32()),
+            1 => {
+                let from = unsafe { std::slice::from_raw_parts(from, into.len()) };
+                vectorize(#[inline(always)] || {
+                    into.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32());
+                });
+            }
+            _ => {
+                for (index, to) in into.iter_mut().enumerate() {
+                    *to = unsafe { *from.add(index * step) }.to_f32();
+                }
+            }
+        }
+        Ok(())
+    });
+    loaded.expect("dtypes are checked before kernels run");
+}
+
+fn store(values: &[f32], out: &Tensor, start: usize) {
+    let stored: Result<()> = for_float!("element-wise", out.dtype(), T => {
+        // SAFETY: each position is in one task, and within the contiguous output.
+        let to = unsafe { std::slice::from_raw_parts_mut(out.pointer::<T>().add(start), values.len()) };
+        vectorize(#[inline(always)] || {
+            to.iter_mut().zip(values).for_each(|(to, from)| *to = T::from_f32(*from));
+        });
+        Ok(())
+    });
+    stored.expect("dtypes are checked before kernels run");
+}
+
+/// Whether the dtype is one that these functions take.
+pub(crate) fn check_float(op: &'static str, dtype: DType) -> Result<()> {
+    if dtype.is_float() { Ok(()) } else { Err(crate::TensorError::unsupported_dtype(op, dtype)) }
+}

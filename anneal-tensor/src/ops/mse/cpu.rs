@@ -1,0 +1,87 @@
+use anneal_device::ThreadPool;
+use anneal_device::cpu::vectorize;
+
+use crate::ops::elementwise::map;
+use crate::parallel::{ELEMENTS_PER_TASK, Shared};
+use crate::{Float, Result, Tensor, for_float};
+
+/// Elements whose squares are summed in one go; a sample's sums are then added in order.
+const SEGMENT: usize = 4096;
+const LANES: usize = 32;
+
+pub(super) fn forward(
+    pool: &ThreadPool,
+    prediction: &Tensor,
+    target: &Tensor,
+    output: &mut Tensor,
+) -> Result<()> {
+    for_float!("mse", prediction.dtype(), P => {
+        for_float!("mse", target.dtype(), T => {
+            errors(pool, prediction.data::<P>(), target.data::<T>(), output.data_mut::<f32>());
+            Ok(())
+        })
+    })
+}
+
+fn errors<P: Float, T: Float>(pool: &ThreadPool, prediction: &[P], target: &[T], output: &mut [f32]) {
+    let samples = output.len();
+    let per_sample = prediction.len() / samples;
+    let segments = per_sample.div_ceil(SEGMENT);
+    let mut sums = vec![0.0f32; samples * segments];
+    let shared = Shared::new(sums.as_mut_ptr());
+    let per_task = (ELEMENTS_PER_TASK / per_sample.min(SEGMENT)).max(1);
+    pool.run(sums.len().div_ceil(per_task), |task| {
+        for index in task * per_task..((task + 1) * per_task).min(samples * segments) {
+            let start = index % segments * SEGMENT;
+            let end = (start + SEGMENT).min(per_sample);
+            let offset = index / segments * per_sample;
+            let range = offset + start..offset + end;
+            // SAFETY: each segment is in one task.
+            let sum = unsafe { shared.slice(index, 1) };
+            sum[0] = squares(&prediction[range.clone()], &target[range]);
+        }
+    });
+    for (error, sums) in output.iter_mut().zip(sums.chunks(segments)) {
+        *error = sums.iter().sum::<f32>() / per_sample as f32;
+    }
+}
+
+fn squares<P: Float, T: Float>(prediction: &[P], target: &[T]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    vectorize(
+        #[inline(always)]
+        || {
+            for (prediction, target) in prediction.chunks(LANES).zip(target.chunks(LANES)) {
+                for ((lane, prediction), target) in lanes.iter_mut().zip(prediction).zip(target) {
+                    let error = prediction.to_f32() - target.to_f32();
+                    *lane += error * error;
+                }
+            }
+        },
+    );
+    lanes.iter().sum()
+}
+
+/// `sign * 2/n * g[b] * (prediction - target)`
+pub(super) fn backward(
+    pool: &ThreadPool,
+    gradient: &Tensor,
+    prediction: &Tensor,
+    target: &Tensor,
+    sign: f32,
+    dx: &Tensor,
+) {
+    let samples = prediction.size(0);
+    let factor = sign * 2.0 * samples as f32 / prediction.elements() as f32;
+    let mut sizes = vec![1; prediction.rank()];
+    let mut strides = sizes.clone();
+    (sizes[0], strides[0]) = (samples, gradient.strides()[0]);
+    let gradient = gradient.view(0, &sizes, &strides);
+    map(
+        pool,
+        [&gradient, prediction, target],
+        dx,
+        #[inline(always)]
+        |[g, p, t]| factor * g * (p - t),
+    );
+}
