@@ -170,11 +170,8 @@ fn list(folder: &Path, prefix: &str, marker: &str) -> Vec<Golden> {
 /// Written past the test harness's capture: a reader of a green run must see what was not asked for.
 fn report_fallback(asked: &Path, what: &str) {
     if asked != shipped_folder() {
-        let _ = writeln!(
-            std::io::stderr(),
-            "{} holds no {what}: the project's own copy is used",
-            asked.display()
-        );
+        let line = format!("{} holds no {what}: the project's own copy is used\n", asked.display());
+        let _ = std::io::stderr().write_all(line.as_bytes());
     }
 }
 
