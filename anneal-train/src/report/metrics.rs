@@ -16,8 +16,8 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::files::{Appender, FileError, write_atomic};
 use super::{ReportError, summary};
+use anneal_weights::{Appender, FileError, write_atomic};
 
 /// One line of the file. The fields that are not finite become `null`.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -5,7 +5,6 @@
 //! is repaired when it is opened, and event files may end in half a record, which their readers skip.
 //! Failing to draw a bar is never an error; failing to write a file always is, and the message names the file.
 
-pub mod files;
 pub mod grid;
 pub mod metrics;
 pub mod picture;
@@ -19,7 +18,7 @@ mod canvas;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-pub use files::FileError;
+pub use anneal_weights::FileError;
 
 /// The time to write beside figures: seconds since 1970-01-01 UTC, in whole milliseconds.
 pub fn unix_seconds() -> f64 {

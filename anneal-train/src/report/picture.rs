@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use super::ReportError;
-use super::files::write_atomic_unsynced;
+use anneal_weights::write_atomic_unsynced;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Picture {

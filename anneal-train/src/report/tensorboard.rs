@@ -12,9 +12,9 @@
 
 use std::path::Path;
 
-use super::files::{Appender, FileError};
 use super::picture::Picture;
 use super::unix_seconds;
+use anneal_weights::{Appender, FileError};
 
 /// The event file of one start of a run.
 #[derive(Debug)]

@@ -1,7 +1,11 @@
-//! Writing whole files and whole records.
+//! Writing whole files, whole folders and whole records.
 //!
-//! Contract of [`write_atomic`]: a reader sees the old content or the new content, never a part. The bytes go to a temporary name in the same folder, which is then renamed over the target. A
-//! failure removes the temporary file, keeps the old content and names the target. Folders are not created.
+//! Contract of [`write_atomic`]: a reader sees the old content or the new content, never a part. The bytes go
+//! to a temporary name in the same folder, which is then renamed over the target. A failure removes the
+//! temporary file, keeps the old content and names the target. Folders are not created.
+//!
+//! Contract of [`StagedFolder`]: the same for a folder. A kill leaves a hidden folder whose name ends in
+//! [`TEMPORARY_ENDING`]; whoever knows that its writer is dead may remove it.
 //!
 //! Contract of [`Appender`]: each record is one write call, and a record that a full disk took only in part is
 //! cut off again, so that the file stays readable and can go on. A kill may leave a part of the last record.
@@ -36,6 +40,7 @@ fn reason(source: &io::Error) -> String {
         io::ErrorKind::ReadOnlyFilesystem => "the file system is read-only".into(),
         io::ErrorKind::NotFound => "no such file or folder".into(),
         io::ErrorKind::NotADirectory => "a part of the path is a file, not a folder".into(),
+        io::ErrorKind::DirectoryNotEmpty => "the folder exists and is not empty".into(),
         _ => source.to_string(),
     }
 }
@@ -95,7 +100,18 @@ fn write_and_rename(temporary: &Path, path: &Path, bytes: &[u8], sync: bool) -> 
     Ok(())
 }
 
-fn parent(path: &Path) -> &Path {
+/// Waits until the names in a folder are on the disk.
+///
+/// # Errors
+/// Names the folder.
+pub fn sync_folder(folder: &Path) -> Result<(), FileError> {
+    File::open(folder).and_then(|opened| opened.sync_all()).map_err(FileError::on("write", folder))
+}
+
+/// What the hidden names of unfinished files and folders end in.
+pub const TEMPORARY_ENDING: &str = ".tmp";
+
+pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
@@ -103,15 +119,66 @@ fn parent(path: &Path) -> &Path {
 }
 
 /// A hidden name beside `path` that no other writer of this machine uses now.
-fn temporary_name(path: &Path) -> io::Result<PathBuf> {
+pub fn temporary_name(path: &Path) -> io::Result<PathBuf> {
     static COUNTER: AtomicU64 = AtomicU64::new(0);
     let name = path
         .file_name()
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path does not end in a file name"))?;
     let mut hidden = std::ffi::OsString::from(".");
     hidden.push(name);
-    hidden.push(format!(".{}-{}.tmp", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed)));
+    let count = COUNTER.fetch_add(1, Ordering::Relaxed);
+    hidden.push(format!(".{}-{count}{TEMPORARY_ENDING}", std::process::id()));
     Ok(parent(path).join(hidden))
+}
+
+/// A folder that is filled under a hidden name and then appears whole. Dropped before that, it is removed.
+#[derive(Debug)]
+pub struct StagedFolder {
+    temporary: PathBuf,
+    target: PathBuf,
+    committed: bool,
+}
+
+impl StagedFolder {
+    /// Makes the hidden folder beside `target`, whose parent must exist.
+    ///
+    /// # Errors
+    /// Names `target` and what to do.
+    pub fn create(target: &Path) -> Result<Self, FileError> {
+        let temporary = temporary_name(target).map_err(FileError::on("create", target))?;
+        fs::create_dir(&temporary).map_err(FileError::on("create", target))?;
+        Ok(Self { temporary, target: target.to_path_buf(), committed: false })
+    }
+
+    /// Where to put the files. Each must be on the disk before [`Self::commit`], and so must inner folders.
+    pub fn path(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Where the folder will appear.
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// Gives the folder its name, on the disk when this returns.
+    ///
+    /// # Errors
+    /// Names the target, which must not exist or be an empty folder; the hidden folder is then removed.
+    pub fn commit(mut self) -> Result<(), FileError> {
+        sync_folder(&self.temporary)?;
+        fs::rename(&self.temporary, &self.target).map_err(FileError::on("write", &self.target))?;
+        self.committed = true;
+        sync_folder(parent(&self.target))
+    }
+}
+
+impl Drop for StagedFolder {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Nothing can be reported here, and a left-over does no harm.
+            let _ = fs::remove_dir_all(&self.temporary);
+        }
+    }
 }
 
 /// A file that grows by whole records. It has one writer.
@@ -197,6 +264,27 @@ mod tests {
         let message = write_atomic(&path, b"bytes").unwrap_err().to_string();
         assert!(message.starts_with(&format!("cannot write {}: ", path.display())), "{message}");
         assert_eq!(names(folder.path()), ["taken"]);
+    }
+
+    #[test]
+    fn a_staged_folder_appears_whole_or_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("weights");
+        let staged = StagedFolder::create(&target).unwrap();
+        fs::write(staged.path().join("a"), b"1").unwrap();
+        assert!(!target.exists());
+        drop(staged);
+        assert!(names(folder.path()).is_empty());
+
+        let staged = StagedFolder::create(&target).unwrap();
+        fs::write(staged.path().join("a"), b"2").unwrap();
+        staged.commit().unwrap();
+        assert_eq!((names(folder.path()), names(&target)), (vec!["weights".into()], vec!["a".into()]));
+
+        let late = StagedFolder::create(&target).unwrap();
+        let message = late.commit().unwrap_err().to_string();
+        assert!(message.starts_with(&format!("cannot write {}: ", target.display())), "{message}");
+        assert_eq!((names(folder.path()), names(&target)), (vec!["weights".into()], vec!["a".into()]));
     }
 
     #[test]
