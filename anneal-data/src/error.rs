@@ -22,16 +22,16 @@ pub enum DataError {
     #[error("{source_name}: holds no samples: {expected}")]
     Empty { source_name: String, expected: String },
     #[error(
-        "{sample}: label {label} is out of range: there are {classes} classes, 0 to {}; \
-         correct the label or raise the number of classes", classes.saturating_sub(1)
+        "{sample}: label {label} is out of range 0 to {} (classes: {classes}); correct the label or raise the \
+         number of classes", classes.saturating_sub(1)
     )]
     LabelOutOfRange { sample: String, label: i64, classes: usize },
     /// One sample that cannot be used; the loader skips, counts and names it.
     #[error("{sample}: {reason}")]
     BadSample { sample: String, reason: String },
     #[error(
-        "{count} samples could not be used, more than the limit of {limit}; the last is {last}; \
-         repair or remove them, or raise the limit (max_bad)"
+        "unusable samples: {count}, more than the limit of {limit} (max_bad); the last is {last}; repair or remove \
+         them, or raise the limit"
     )]
     TooManyBad { count: usize, limit: usize, last: String },
     #[error("none of the {count} samples can be used; the last tried: {last}")]

@@ -221,13 +221,15 @@ impl Loader {
     /// # Errors
     /// When more samples are unusable than `max_bad`, or none at all is usable.
     pub fn next_batch(&mut self) -> Result<&Batch, DataError> {
+        // A call after the one that failed fails again.
+        self.check_bad()?;
         let work = self.next_complete()?;
         let mut output = lock(&work.output);
         let bad = std::mem::take(&mut output.bad);
         for (index, reason) in bad.into_iter().flatten() {
             self.note_bad(index, reason);
+            self.check_bad()?;
         }
-        self.check_bad()?;
         assert!(!output.missing, "a row without a sample passed the limit on bad samples");
         std::mem::swap(&mut self.current, &mut output.batch);
         let used = std::mem::take(&mut output.batch);
@@ -293,11 +295,11 @@ impl Loader {
     fn check_bad(&self) -> Result<(), DataError> {
         let Some(last) = &self.last_bad else { return Ok(()) };
         let (count, limit) = (self.bad.len(), self.shared.preparer.max_bad);
-        if count == self.shared.preparer.dataset.len() {
-            return Err(DataError::AllBad { count, last: last.to_string() });
-        }
         if count > limit {
             return Err(DataError::TooManyBad { count, limit, last: last.to_string() });
+        }
+        if count == self.shared.preparer.dataset.len() {
+            return Err(DataError::AllBad { count, last: last.to_string() });
         }
         Ok(())
     }

@@ -247,11 +247,14 @@ fn replace_file(path: &Path, write: impl FnOnce(&File) -> std::io::Result<()>) -
 }
 
 fn write_array(output: &mut impl Write, array: &Array) -> std::io::Result<()> {
-    let dimensions: Vec<String> = array.shape.iter().map(|dimension| format!("{dimension},")).collect();
+    // A Python tuple: one element needs its comma, more do without a last one.
+    let mut dimensions = array.shape.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    if array.shape.len() == 1 {
+        dimensions.push(',');
+    }
     let mut header = format!(
-        "{{'descr': '{}', 'fortran_order': False, 'shape': ({}), }}",
-        array.values.descriptor(),
-        dimensions.join(" ")
+        "{{'descr': '{}', 'fortran_order': False, 'shape': ({dimensions}), }}",
+        array.values.descriptor()
     );
     // Magic, version and length take 10 bytes; the data start at a multiple of 64.
     let padding = 63 - (10 + header.len()) % 64;

@@ -5,13 +5,14 @@
 //! Source: the preprocessing published with "Diffusion Models Beat GANs on Image Synthesis"
 //! (Dhariwal and Nichol, arXiv 2105.05233), used by DiT too: halve with a box filter while both
 //! sides are at least twice the target, then bicubic to the shorter side, then crop. Both filters
-//! are antialiased convolutions with 8-bit results between the passes, as in Pillow.
+//! are antialiased, with 8-bit results between the passes, as in Pillow.
 //! A target need not be square; for a square one this is the published rule exactly.
 
 use crate::decode::Pixels;
 use anneal_tensor::rng::{Purpose, Stream};
 use fast_image_resize as resize;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// Which part of the resized image is used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,24 +37,20 @@ impl Scaler {
     /// The image at the smallest size that covers `height` x `width`, its aspect kept.
     pub(crate) fn cover(&mut self, mut pixels: Pixels, height: usize, width: usize) -> Pixels {
         while pixels.height >= 2 * height && pixels.width >= 2 * width {
-            let (half_height, half_width) = (pixels.height / 2, pixels.width / 2);
-            pixels = self.convolve(pixels, half_height, half_width, resize::FilterType::Box);
+            pixels = halve(&pixels);
         }
         let scale = (height as f64 / pixels.height as f64).max(width as f64 / pixels.width as f64);
         let scaled = |side: usize| (side as f64 * scale).round_ties_even() as usize;
         // The side that decides the scale must not lose a pixel to rounding.
         let (new_height, new_width) = (scaled(pixels.height).max(height), scaled(pixels.width).max(width));
-        // Pillow's bicubic is Catmull-Rom, the cubic with a = -1/2.
-        self.convolve(pixels, new_height, new_width, resize::FilterType::CatmullRom)
+        // Horizontal first: the rounding to 8 bits between the passes is part of the result.
+        let rows = pixels.height;
+        let pixels = self.bicubic(pixels, rows, new_width);
+        self.bicubic(pixels, new_height, new_width)
     }
 
-    fn convolve(
-        &mut self,
-        pixels: Pixels,
-        height: usize,
-        width: usize,
-        filter: resize::FilterType,
-    ) -> Pixels {
+    /// One pass: at most one of the sides changes.
+    fn bicubic(&mut self, pixels: Pixels, height: usize, width: usize) -> Pixels {
         if (pixels.height, pixels.width) == (height, width) {
             return pixels;
         }
@@ -67,11 +64,75 @@ impl Scaler {
             resize::images::ImageRef::new(side(pixels.width), side(pixels.height), &pixels.bytes, kind)
                 .expect("an image holds height x width x channels bytes");
         let mut target = resize::images::Image::new(side(width), side(height), kind);
-        let options =
-            resize::ResizeOptions::new().resize_alg(resize::ResizeAlg::Convolution(filter)).use_alpha(false);
+        // Pillow's bicubic is Catmull-Rom, the cubic with a = -1/2.
+        let algorithm = resize::ResizeAlg::Convolution(resize::FilterType::CatmullRom);
+        let options = resize::ResizeOptions::new().resize_alg(algorithm).use_alpha(false);
         self.resizer.resize(&source, &mut target, &options).expect("source and target have one pixel type");
         Pixels { height, width, bytes: target.into_vec(), ..pixels }
     }
+}
+
+/// Half the size (rounded down) with a box filter: each value is the mean of two or three.
+fn halve(pixels: &Pixels) -> Pixels {
+    let halve_row = match pixels.channels {
+        1 => halve_row::<1>,
+        3 => halve_row::<3>,
+        channels => panic!("images have 1 or 3 channels, not {channels}"),
+    };
+    let (columns, rows) = (box_spans(pixels.width), box_spans(pixels.height));
+    let row_length = columns.len() * pixels.channels;
+    let mut narrow = vec![0; pixels.height * row_length];
+    let source_rows = pixels.bytes.chunks_exact(pixels.width * pixels.channels);
+    for (source, target) in source_rows.zip(narrow.chunks_exact_mut(row_length)) {
+        halve_row(source, &columns, target);
+    }
+    let mut bytes = Vec::with_capacity(rows.len() * row_length);
+    let mut sums = vec![0; row_length];
+    for span in &rows {
+        sums.fill(0);
+        for row in narrow[span.start * row_length..span.end * row_length].chunks_exact(row_length) {
+            sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += u32::from(*value));
+        }
+        bytes.extend(sums.iter().map(|sum| mean(*sum, span.len())));
+    }
+    Pixels { height: rows.len(), width: columns.len(), bytes, ..*pixels }
+}
+
+/// The number of channels is a constant here because most of a large image's time is spent here.
+fn halve_row<const CHANNELS: usize>(source: &[u8], columns: &[Range<usize>], target: &mut [u8]) {
+    let source = source.as_chunks::<CHANNELS>().0;
+    for (target, span) in target.as_chunks_mut::<CHANNELS>().0.iter_mut().zip(columns) {
+        let sum = |pixels: &[[u8; CHANNELS]], channel: usize| -> u32 {
+            pixels.iter().map(|pixel| u32::from(pixel[channel])).sum()
+        };
+        *target = match &source[span.clone()] {
+            pair @ [_, _] => std::array::from_fn(|channel| mean(sum(pair, channel), 2)),
+            several => std::array::from_fn(|channel| mean(sum(several, channel), several.len())),
+        };
+    }
+}
+
+/// The mean of two or three values, halves upwards.
+fn mean(sum: u32, count: usize) -> u8 {
+    (if count == 2 { sum.div_ceil(2) } else { (sum + 1) / 3 }) as u8
+}
+
+/// The pixels whose centres lie in each half-resolution pixel. In an odd length some centres lie
+/// exactly on an edge; rounding first and testing then decides them as Pillow does.
+fn box_spans(length: usize) -> Vec<Range<usize>> {
+    let count = length / 2;
+    let scale = length as f64 / count as f64;
+    let inverse = 1.0 / scale;
+    let span = |index: usize| {
+        let center = (index as f64 + 0.5) * scale;
+        let mut first = (center - 0.5 * scale + 0.5) as usize;
+        let mut end = ((center + 0.5 * scale + 0.5) as usize).min(length);
+        let distance = |pixel: usize| (pixel as f64 - center + 0.5) * inverse;
+        first += usize::from(distance(first) <= -0.5);
+        end -= usize::from(distance(end - 1) > 0.5);
+        first..end
+    };
+    (0..count).map(span).collect()
 }
 
 /// The part of an image that is used, and whether it is mirrored.
@@ -135,18 +196,25 @@ impl PixelMap {
 
     /// Writes the part as [channels, height, width].
     pub(crate) fn write(&self, pixels: &Pixels, part: Placement, output: &mut [f32]) {
-        let channels = pixels.channels;
-        for channel in 0..channels {
-            for row in 0..part.height {
-                let start = ((part.top + row) * pixels.width + part.left) * channels;
-                let source = &pixels.bytes[start..start + part.width * channels];
-                let values =
-                    source[channel..].iter().step_by(channels).map(|byte| self.values[usize::from(*byte)]);
+        match pixels.channels {
+            1 => self.write_planes::<1>(pixels, part, output),
+            3 => self.write_planes::<3>(pixels, part, output),
+            channels => panic!("images have 1 or 3 channels, not {channels}"),
+        }
+    }
+
+    fn write_planes<const CHANNELS: usize>(&self, pixels: &Pixels, part: Placement, output: &mut [f32]) {
+        let source = pixels.bytes.as_chunks::<CHANNELS>().0;
+        for row in 0..part.height {
+            let start = (part.top + row) * pixels.width + part.left;
+            let source = &source[start..start + part.width];
+            for channel in 0..CHANNELS {
                 let target = &mut output[(channel * part.height + row) * part.width..][..part.width];
+                for (target, pixel) in target.iter_mut().zip(source) {
+                    *target = self.values[usize::from(pixel[channel])];
+                }
                 if part.mirrored {
-                    target.iter_mut().rev().zip(values).for_each(|(target, value)| *target = value);
-                } else {
-                    target.iter_mut().zip(values).for_each(|(target, value)| *target = value);
+                    target.reverse();
                 }
             }
         }

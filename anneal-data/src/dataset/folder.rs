@@ -45,7 +45,7 @@ impl FolderDataset {
                 let loose = files.iter().filter(|file| is_image(file)).count();
                 if loose > 0 {
                     warnings.push(format!(
-                        "{}: {loose} images outside the class folders are ignored",
+                        "{}: images outside the class folders, ignored: {loose}",
                         root.display()
                     ));
                 }
@@ -185,7 +185,7 @@ pub(super) fn is_image(path: &Path) -> bool {
 fn warn_of_other_files(root: &Path, count: usize, warnings: &mut Vec<String>) {
     if count > 0 {
         warnings.push(format!(
-            "{}: {count} files are not .jpg, .jpeg, .png or .webp and are ignored",
+            "{}: files other than .jpg, .jpeg, .png and .webp, ignored: {count}",
             root.display()
         ));
     }

@@ -66,7 +66,7 @@ impl TarDataset {
         }
         if without_image > 0 {
             dataset.warnings.push(format!(
-                "{}: {without_image} groups of members have no .jpg, .png or .webp and are ignored",
+                "{}: groups of members without a .jpg, .png or .webp, ignored: {without_image}",
                 config.path
             ));
         }
