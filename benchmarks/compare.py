@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 CASES = {
     "dit-s2": ["--model", "DiT-S/2", "--batch", "8"],
     "digits": ["--hidden", "128", "--depth", "6", "--heads", "4", "--patch", "2", "--image-size", "8", "--channels", "1",
-               "--classes", "10", "--batch", "128"],
+               "--classes", "10", "--no-learn-sigma", "--batch", "128"],
 }
 STEPS = {"dit-s2": 12, "digits": 60}
 PEERS = {"torch": [], "torch-arena": ["--arena"], "torch-compile": ["--compile"]}
@@ -31,15 +31,15 @@ PEERS = {"torch": [], "torch-arena": ["--arena"], "torch-compile": ["--compile"]
 
 def commands(arguments, case):
     """-> {name: argument list}; every one takes the same model, batch, precision and number of steps."""
-    steps = str(arguments.steps or STEPS[case])
+    length = ["--warmup", "3", "--steps", str(arguments.steps or STEPS[case])]
     threads = str(len(arguments.cores))
     made = {}
     if arguments.anneal:
         made["anneal"] = [arguments.anneal, "bench", "step", *CASES[case], "--precision", "fp32", "--device", f"cpu:{threads}",
-                          "--steps", steps, "--json"]
+                          *length, "--json"]
     for peer in arguments.peers:
         made[peer] = [sys.executable, str(HERE / "peers" / "torch_dit.py"), *CASES[case], "--dtype", "fp32", "--device", "cpu",
-                      "--threads", threads, "--steps", steps, *PEERS[peer], "--json"]
+                      "--threads", threads, *length, *PEERS[peer], "--json"]
     return made
 
 
