@@ -21,6 +21,8 @@ pub enum WeightsError {
     MissingShards { index: PathBuf, missing: String },
     #[error("{message}")]
     NoWeights { message: String },
+    #[error("'{name}' is both in {path} and in {other}; give only one of them", path = path.display(), other = other.display())]
+    Twice { name: String, path: PathBuf, other: PathBuf },
     #[error("{path} holds no tensor '{name}'", path = path.display())]
     NoTensor { path: PathBuf, name: String },
     #[error("'{name}' in {path} is {dtype}; it cannot be read as {wanted}", path = path.display())]

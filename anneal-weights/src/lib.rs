@@ -10,7 +10,7 @@
 mod diffusers;
 mod error;
 pub mod files;
-pub mod hash;
+mod hash;
 mod homes;
 mod load;
 mod safetensors;
@@ -19,6 +19,7 @@ mod save;
 pub use diffusers::{Component, DiffusersFolder, DiffusersWriter};
 pub use error::WeightsError;
 pub use files::{Appender, FileError, StagedFolder, write_atomic, write_atomic_unsynced};
+pub use hash::{sha256, sha256_of_file};
 pub use load::{LoadReport, load};
 pub use safetensors::{
     StoredDType, TensorFiles, TensorSink, TensorSpec, WrittenFile, shard_name, write_file, write_sharded,

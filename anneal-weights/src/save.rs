@@ -1,7 +1,7 @@
 //! From a model's parameters into files.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::Path;
 
 use anneal_nn::{KeyMap, ParamId, ParamStore};
 
@@ -31,12 +31,12 @@ impl Default for SaveOptions {
 }
 
 /// Where to write weights.
-#[derive(Clone, Debug)]
-pub enum Target {
+#[derive(Clone, Copy, Debug)]
+pub enum Target<'a> {
     /// One file; it appears whole.
-    File(PathBuf),
+    File(&'a Path),
     /// A component's folder inside a diffusers folder that is being written.
-    Component { folder: PathBuf, variant: Option<String> },
+    Component { folder: &'a Path, variant: Option<&'a str> },
 }
 
 /// Writes the parameters in the layout of `map`: every home of each, and none that the layout computes.
@@ -47,7 +47,7 @@ pub fn save(
     store: &dyn ParamStore,
     map: &KeyMap,
     options: &SaveOptions,
-    target: &Target,
+    target: Target<'_>,
 ) -> Result<Vec<WrittenFile>, WeightsError> {
     if !options.dtype.is_float() {
         return Err(WeightsError::StorageType { dtype: options.dtype.name() });
@@ -73,7 +73,7 @@ pub fn save(
         Target::Component { folder, variant } => write_sharded(
             folder,
             diffusers::WEIGHTS_STEM,
-            variant.as_deref(),
+            variant,
             &specs,
             &options.metadata,
             options.max_shard_bytes,

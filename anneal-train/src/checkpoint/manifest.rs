@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::Path;
 
 use anneal_weights::FileError;
-use anneal_weights::hash::sha256;
+use anneal_weights::sha256;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 

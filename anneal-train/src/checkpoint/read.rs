@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anneal_weights::TensorFiles;
-use anneal_weights::hash::sha256_of_file;
+use anneal_weights::sha256_of_file;
 use serde_json::Value;
 
 use super::manifest::{Manifest, ManifestFile};

@@ -92,8 +92,8 @@ impl TensorFiles {
     }
 
     /// The files themselves.
-    pub fn paths(&self) -> impl Iterator<Item = &Path> {
-        self.shards.iter().map(|shard| shard.path.as_path())
+    pub fn paths(&self) -> Vec<&Path> {
+        self.shards.iter().map(|shard| shard.path.as_path()).collect()
     }
 
     pub fn len(&self) -> usize {
@@ -257,9 +257,8 @@ fn open_shards(path: &Path, paths: &[PathBuf]) -> Result<TensorFiles, WeightsErr
         for header::Placed { spec, offset } in header.tensors {
             let name = spec.name.clone();
             if let Some(twice) = tensors.insert(name.clone(), Found { spec, shard: index, offset }) {
-                let other = &paths[twice.shard];
-                let reason = format!("'{name}' is also in {}", other.display());
-                return Err(WeightsError::Damaged { path: path.clone(), reason });
+                let (path, other) = (path.clone(), paths[twice.shard].clone());
+                return Err(WeightsError::Twice { name, path, other });
             }
         }
         if index == 0 {
