@@ -12,6 +12,8 @@ mod diffusion_loss;
 mod feed_forward;
 #[path = "../src/ops/gate_residual/tests.rs"]
 mod gate_residual;
+#[path = "../src/ops/gradient_target/tests.rs"]
+mod gradient_target;
 #[path = "../src/ops/linear/tests.rs"]
 mod linear;
 #[path = "../src/ops/linear_combination/tests.rs"]

@@ -69,7 +69,7 @@ pub(crate) fn map<const N: usize>(
     pool: &ThreadPool,
     inputs: [&Tensor; N],
     out: &Tensor,
-    f: impl Fn([f32; N]) -> f32 + Sync,
+    f: impl Fn([f32; N]) -> f32 + Sync + Copy,
 ) {
     assert!(out.is_contiguous(), "the result of an element-wise function must be contiguous");
     let total = out.elements();
@@ -79,35 +79,50 @@ pub(crate) fn map<const N: usize>(
     pool.run(total.div_ceil(ELEMENTS_PER_TASK), |task| {
         let end = ((task + 1) * ELEMENTS_PER_TASK).min(total);
         let mut position = task * ELEMENTS_PER_TASK;
-        let mut rows = [[0.0f32; CHUNK]; N];
+        let mut memory = [[0.0f32; CHUNK]; N];
         let mut result = [0.0f32; CHUNK];
         while position < end {
             let (run, within) = (position / run_len, position % run_len);
             let len = CHUNK.min(run_len - within).min(end - position);
             let starts = walk.starts(run);
-            for operand in 0..N {
+            let mut operand = 0;
+            let rows: [&[f32]; N] = memory.each_mut().map(|memory| {
                 let start = starts[operand] + within * steps[operand];
-                load(inputs[operand], start, steps[operand], &mut rows[operand][..len]);
-            }
-            vectorize(
-                #[inline(always)]
-                || {
-                    for index in 0..CHUNK.min(len) {
-                        result[index] = f(std::array::from_fn(
-                            #[inline(always)]
-                            |operand| rows[operand][index],
-                        ));
-                    }
-                },
-            );
+                operand += 1;
+                load(inputs[operand - 1], start, steps[operand - 1], &mut memory[..len])
+            });
+            compute(f, rows, &mut result[..len]);
             store(&result[..len], out, position);
             position += len;
         }
     });
 }
 
-/// Elements `start`, `start + step`, .. of the tensor's memory.
-fn load(tensor: &Tensor, start: usize, step: usize, into: &mut [f32]) {
+/// Takes `f` by value: numbers that it carries then are in registers, not behind a reference
+/// that the results might overwrite for all that the compiler knows.
+fn compute<const N: usize>(f: impl Fn([f32; N]) -> f32, rows: [&[f32]; N], result: &mut [f32]) {
+    vectorize(
+        #[inline(always)]
+        move || {
+            let len = result.len();
+            let rows = rows.map(|row| &row[..len]);
+            for index in 0..len {
+                result[index] = f(std::array::from_fn(
+                    #[inline(always)]
+                    |operand| rows[operand][index],
+                ));
+            }
+        },
+    );
+}
+
+/// Elements `start`, `start + step`, .. of the tensor's memory, as many as `into` holds: in place if
+/// they are f32 neighbours, else in `into`.
+fn load<'a>(tensor: &'a Tensor, start: usize, step: usize, into: &'a mut [f32]) -> &'a [f32] {
+    if step == 1 && tensor.dtype() == DType::F32 {
+        // SAFETY: the walk stays within the view, and the result is stored after its inputs are read.
+        return unsafe { std::slice::from_raw_parts(tensor.pointer::<f32>().add(start), into.len()) };
+    }
     let loaded: Result<()> = for_float!("element-wise", tensor.dtype(), T => {
         // SAFETY: the walk stays within the view, whose strides these are.
         let from = unsafe { tensor.pointer::<T>().add(start) };
@@ -128,6 +143,7 @@ fn load(tensor: &Tensor, start: usize, step: usize, into: &mut [f32]) {
         Ok(())
     });
     loaded.expect("dtypes are checked before kernels run");
+    into
 }
 
 fn store(values: &[f32], out: &Tensor, start: usize) {

@@ -14,6 +14,7 @@ mod elementwise;
 mod feed_forward;
 mod gate_residual;
 mod gradient_target;
+mod lanes;
 mod linear;
 mod linear_combination;
 mod mse;

@@ -87,6 +87,7 @@ impl ColumnSums {
     ///
     /// # Safety
     /// Nobody else holds those of the same block.
+    #[allow(clippy::mut_from_ref)]
     pub unsafe fn zeroed<const N: usize>(&self, block: Block) -> [&mut [f32]; N] {
         assert_eq!(N, self.count);
         // SAFETY: the block's part of the memory is the caller's alone, as promised.

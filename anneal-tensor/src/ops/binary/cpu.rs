@@ -30,16 +30,16 @@ impl Visitor for Forward<'_> {
     type Result = ();
     fn visit(
         self,
-        value: impl Fn(f32, f32) -> f32 + Sync,
-        _: impl Fn(f32, f32) -> f32 + Sync,
-        _: impl Fn(f32, f32) -> f32 + Sync,
+        value: impl Fn(f32, f32) -> f32 + Sync + Copy,
+        _: impl Fn(f32, f32) -> f32 + Sync + Copy,
+        _: impl Fn(f32, f32) -> f32 + Sync + Copy,
     ) {
         map(
             self.pool,
             self.operands,
             self.y,
             #[inline(always)]
-            |[a, b]| value(a, b),
+            move |[a, b]| value(a, b),
         );
     }
 }
@@ -53,7 +53,7 @@ struct Backward<'a> {
 }
 
 impl Backward<'_> {
-    fn run(self, derivative: impl Fn(f32, f32) -> f32 + Sync) {
+    fn run(self, derivative: impl Fn(f32, f32) -> f32 + Sync + Copy) {
         match self.saved {
             Some([a, b]) => {
                 let inputs = [self.gradient, a, b];
@@ -62,7 +62,7 @@ impl Backward<'_> {
                     inputs,
                     self.out,
                     #[inline(always)]
-                    |[g, a, b]| g * derivative(a, b),
+                    move |[g, a, b]| g * derivative(a, b),
                 );
             }
             None => map(
@@ -70,7 +70,7 @@ impl Backward<'_> {
                 [self.gradient],
                 self.out,
                 #[inline(always)]
-                |[g]| g * derivative(0.0, 0.0),
+                move |[g]| g * derivative(0.0, 0.0),
             ),
         }
     }
@@ -80,9 +80,9 @@ impl Visitor for Backward<'_> {
     type Result = ();
     fn visit(
         self,
-        _: impl Fn(f32, f32) -> f32 + Sync,
-        left: impl Fn(f32, f32) -> f32 + Sync,
-        right: impl Fn(f32, f32) -> f32 + Sync,
+        _: impl Fn(f32, f32) -> f32 + Sync + Copy,
+        left: impl Fn(f32, f32) -> f32 + Sync + Copy,
+        right: impl Fn(f32, f32) -> f32 + Sync + Copy,
     ) {
         if self.operand == 0 { self.run(left) } else { self.run(right) }
     }

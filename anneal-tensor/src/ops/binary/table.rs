@@ -13,9 +13,9 @@ pub(super) trait Visitor {
     type Result;
     fn visit(
         self,
-        value: impl Fn(f32, f32) -> f32 + Sync,
-        left: impl Fn(f32, f32) -> f32 + Sync,
-        right: impl Fn(f32, f32) -> f32 + Sync,
+        value: impl Fn(f32, f32) -> f32 + Sync + Copy,
+        left: impl Fn(f32, f32) -> f32 + Sync + Copy,
+        right: impl Fn(f32, f32) -> f32 + Sync + Copy,
     ) -> Self::Result;
 }
 

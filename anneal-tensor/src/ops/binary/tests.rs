@@ -2,8 +2,9 @@ use anneal_tensor::{DType, Device, Result, Tensor, ops};
 use anneal_testkit::{Array, check_op};
 
 type Operation = fn(&Tensor, &Tensor) -> Result<Tensor>;
+type Formula = fn(f64, f64) -> f64;
 
-const OPERATIONS: [(&str, Operation, fn(f64, f64) -> f64); 4] = [
+const OPERATIONS: [(&str, Operation, Formula); 4] = [
     ("add", ops::add, |a, b| a + b),
     ("sub", ops::sub, |a, b| a - b),
     ("mul", ops::mul, |a, b| a * b),

@@ -2,12 +2,12 @@ use anneal_device::ThreadPool;
 use anneal_device::cpu::vectorize;
 
 use crate::ops::elementwise::map;
+use crate::ops::{lanes, scratch};
 use crate::parallel::{ELEMENTS_PER_TASK, Shared};
 use crate::{Float, Result, Tensor, for_float};
 
 /// Elements whose squares are summed in one go; a sample's sums are then added in order.
 const SEGMENT: usize = 4096;
-const LANES: usize = 32;
 
 pub(super) fn forward(
     pool: &ThreadPool,
@@ -47,19 +47,16 @@ fn errors<P: Float, T: Float>(pool: &ThreadPool, prediction: &[P], target: &[T],
 }
 
 fn squares<P: Float, T: Float>(prediction: &[P], target: &[T]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    vectorize(
-        #[inline(always)]
-        || {
-            for (prediction, target) in prediction.chunks(LANES).zip(target.chunks(LANES)) {
-                for ((lane, prediction), target) in lanes.iter_mut().zip(prediction).zip(target) {
-                    let error = prediction.to_f32() - target.to_f32();
-                    *lane += error * error;
-                }
-            }
-        },
-    );
-    lanes.iter().sum()
+    scratch::rows(prediction.len(), |[prediction_row, target_row]| {
+        vectorize(
+            #[inline(always)]
+            || {
+                let prediction = lanes::in_f32(prediction, prediction_row);
+                let target = lanes::in_f32(target, target_row);
+                lanes::sum_pairs(prediction, target, |p, t| (p - t) * (p - t))
+            },
+        )
+    })
 }
 
 /// `sign * 2/n * g[b] * (prediction - target)`
@@ -82,6 +79,6 @@ pub(super) fn backward(
         [&gradient, prediction, target],
         dx,
         #[inline(always)]
-        |[g, p, t]| factor * g * (p - t),
+        move |[g, p, t]| factor * g * (p - t),
     );
 }

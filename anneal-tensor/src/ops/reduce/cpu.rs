@@ -4,14 +4,14 @@ use smallvec::SmallVec;
 
 use crate::ops::elementwise::map;
 use crate::ops::row_blocks::RowBlocks;
+use crate::ops::{lanes, scratch};
 use crate::parallel::{ELEMENTS_PER_TASK, Shared};
 use crate::{DType, Float, Result, Tensor, for_float};
 
 /// A run of the innermost dimension is cut into pieces of this many elements if it is summed up,
 const PIECE: usize = 4096;
 /// and of this many if it stays, so that a task's results remain in the first-level cache.
-const COLUMNS: usize = 1024;
-const LANES: usize = 32;
+const COLUMNS: usize = 4096;
 
 trait Combine: Sync {
     const START: f32;
@@ -186,18 +186,12 @@ fn reduce<C: Combine>(
 
 /// One number from a run.
 fn along<T: Float, C: Combine>(values: &[T]) -> f32 {
-    let mut lanes = [C::START; LANES];
-    vectorize(
-        #[inline(always)]
-        || {
-            for chunk in values.chunks(LANES) {
-                for (lane, value) in lanes.iter_mut().zip(chunk) {
-                    *lane = C::combine(*lane, value.to_f32());
-                }
-            }
-        },
-    );
-    lanes.into_iter().fold(C::START, C::combine)
+    scratch::rows(values.len(), |[row]| {
+        vectorize(
+            #[inline(always)]
+            || lanes::fold(lanes::in_f32(values, row), C::START, C::combine, C::combine),
+        )
+    })
 }
 
 /// A run combined into a row of results.
@@ -219,7 +213,7 @@ pub(super) fn expand(pool: &ThreadPool, gradient: &Tensor, factor: f32, dx: &Ten
         [gradient],
         dx,
         #[inline(always)]
-        |[g]| g * factor,
+        move |[g]| g * factor,
     );
 }
 
@@ -230,7 +224,7 @@ pub(super) fn equal(pool: &ThreadPool, x: &Tensor, maximum: &Tensor, out: &Tenso
         [x, maximum],
         out,
         #[inline(always)]
-        |[x, y]| if x == y { 1.0 } else { 0.0 },
+        move |[x, y]| if x == y { 1.0 } else { 0.0 },
     );
 }
 
@@ -242,6 +236,6 @@ pub(super) fn share(pool: &ThreadPool, gradient: &Tensor, of: [&Tensor; 3], dx: 
         [gradient, x, maximum, ties],
         dx,
         #[inline(always)]
-        |[g, x, y, n]| if x == y { g / n } else { 0.0 },
+        move |[g, x, y, n]| if x == y { g / n } else { 0.0 },
     );
 }

@@ -58,7 +58,7 @@ fn maxima_over_any_dimensions() {
     for axes in AXES {
         check_op(
             &format!("max over {axes:?}"),
-            &[x.clone()],
+            std::slice::from_ref(&x),
             |t| Ok(vec![ops::max(&t[0], axes, false)?]),
             |x| vec![without(fold(&x[0], axes, f64::NEG_INFINITY, f64::max), axes)],
         );

@@ -4,7 +4,7 @@ use anneal_device::cpu::vectorize;
 use super::{RowNorm, Vectors};
 use crate::ops::gate_residual::cpu::{add_gated, load};
 use crate::ops::row_blocks::{Block, ColumnSums, RowBlocks};
-use crate::ops::scratch;
+use crate::ops::{lanes, scratch};
 use crate::parallel::Shared;
 use crate::{Float, Result, Tensor, for_float};
 
@@ -36,64 +36,13 @@ pub(super) struct Backward<'a> {
     pub sums: &'a ColumnSums,
 }
 
-/// Partial sums of a row: two vectors of the widest unit, added up in a fixed order.
-const LANES: usize = 32;
-
-#[inline(always)]
-fn total(lanes: &[f32; LANES]) -> f32 {
-    let mut lanes = *lanes;
-    let mut half = LANES / 2;
-    while half > 0 {
-        for lane in 0..half {
-            lanes[lane] += lanes[lane + half];
-        }
-        half /= 2;
-    }
-    lanes[0]
-}
-
-/// The sum of `term` over a row.
-#[inline(always)]
-fn row_sum<T: Float>(row: &[T], term: impl Fn(f32) -> f32) -> f32 {
-    let mut lanes = [0.0; LANES];
-    let chunks = row.chunks_exact(LANES);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for lane in 0..LANES {
-            lanes[lane] += term(chunk[lane].to_f32());
-        }
-    }
-    for (lane, value) in lanes.iter_mut().zip(rest) {
-        *lane += term(value.to_f32());
-    }
-    total(&lanes)
-}
-
-/// The sums of `a` and of `a * b` over two rows of one length.
-#[inline(always)]
-fn sum_and_product(a: &[f32], b: &[f32]) -> (f32, f32) {
-    let (mut sums, mut products) = ([0.0; LANES], [0.0; LANES]);
-    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let rest = a_chunks.remainder().iter().zip(b_chunks.remainder());
-    for (a, b) in a_chunks.zip(b_chunks) {
-        for lane in 0..LANES {
-            sums[lane] += a[lane];
-            products[lane] += a[lane] * b[lane];
-        }
-    }
-    for (lane, (a, b)) in rest.enumerate() {
-        sums[lane] += a;
-        products[lane] += a * b;
-    }
-    (total(&sums), total(&products))
-}
-
 /// Mean (zero if the rows are not centred) and reciprocal deviation.
 #[inline(always)]
-fn statistics<T: Float>(row: &[T], op: &RowNorm) -> [f32; 2] {
+fn statistics(row: &[f32], op: &RowNorm) -> [f32; 2] {
     let count = row.len() as f32;
-    let mean = if op.centered { row_sum(row, |value| value) / count } else { 0.0 };
-    let variance = row_sum(row, |value| (value - mean) * (value - mean)) / count;
+    let mean = if op.centered { lanes::sum(row) / count } else { 0.0 };
+    let square = |sum: f32, value: f32| sum + (value - mean) * (value - mean);
+    let variance = lanes::fold(row, 0.0, square, |a, b| a + b) / count;
     [mean, 1.0 / (variance + op.eps).sqrt()]
 }
 
@@ -111,7 +60,7 @@ pub(super) fn forward(pool: &ThreadPool, op: &RowNorm, job: &Forward) -> Result<
         let gated = job.gated.map(|(branch, sum)| (branch.data::<T>(), Shared::new(sum.pointer::<T>())));
         let output = Shared::new(job.output.pointer::<T>());
         let stored = job.statistics.map(|statistics| Shared::new(statistics.pointer::<f32>()));
-        job.blocks.run(pool, |block| scratch::rows(width, |[multiplier, shift, gate]| {
+        job.blocks.run(pool, |block| scratch::rows(width, |[multiplier, shift, gate, wide]| {
             load_multiplier(job.vectors, block.group, multiplier);
             load(job.vectors.shift.as_ref(), block.group, shift);
             load(job.vectors.gate.as_ref(), block.group, gate);
@@ -125,11 +74,12 @@ pub(super) fn forward(pool: &ThreadPool, op: &RowNorm, job: &Forward) -> Result<
                         add_gated(z, &branch[range.clone()], gate, sum);
                         z = sum;
                     }
+                    let z = lanes::in_f32(z, wide);
                     let [mean, rstd] = statistics(z, op);
                     let out = unsafe { output.slice(range.start, width) };
                     let terms = z.iter().zip(&*multiplier).zip(&*shift);
                     for (out, ((z, multiplier), shift)) in out.iter_mut().zip(terms) {
-                        *out = T::from_f32((z.to_f32() - mean) * rstd * multiplier + shift);
+                        *out = T::from_f32((z - mean) * rstd * multiplier + shift);
                     }
                     if let Some(stored) = stored {
                         unsafe { stored.slice(2 * row, 2) }.copy_from_slice(&[mean, rstd]);
@@ -160,7 +110,7 @@ fn backward_block<T: Float>(op: &RowNorm, job: &Backward, block: Block) {
     let branch = job.branch.map(|(branch, gradient)| (branch.data::<T>(), shared(gradient)));
     // SAFETY: each block is worked on once.
     let [scale_sum, shift_sum, gate_sum] = unsafe { job.sums.zeroed(block) };
-    scratch::rows(width, |[multiplier, gate, n, p]| {
+    scratch::rows(width, |[multiplier, gate, wide, p]| {
         load_multiplier(job.vectors, block.group, multiplier);
         load(job.vectors.gate.as_ref(), block.group, gate);
         vectorize(
@@ -172,21 +122,23 @@ fn backward_block<T: Float>(op: &RowNorm, job: &Backward, block: Block) {
                     // SAFETY: here and below: each row is in one block, and a slice of memory that
                     // two tensors may share is gone before the other's is made.
                     let incoming = unsafe { &*gradient.slice(start, width) };
-                    let inputs = Inputs { z: &z[start..start + width], gradient: incoming, multiplier };
-                    project(&inputs, mean, rstd, [scale_sum, shift_sum], n, p);
-                    let (sum, product) = sum_and_product(p, n);
-                    let mean_p = if op.centered { sum / width as f32 } else { 0.0 };
-                    let mean_pn = product / width as f32;
+                    let z = lanes::in_f32(&z[start..start + width], wide);
+                    let inputs = Inputs { z, gradient: incoming, multiplier };
+                    project(&inputs, mean, rstd, [scale_sum, shift_sum], p);
+                    let mean_p = if op.centered { lanes::sum(p) / width as f32 } else { 0.0 };
+                    let product = lanes::sum_pairs(p, z, |p, z| p * (z - mean)) / width as f32;
+                    // n * mean(p * n) is (z - mean) times this.
+                    let slope = rstd * rstd * product;
                     match sum_gradient {
                         Some(direct) => {
                             let direct = unsafe { &*direct.slice(start, width) };
-                            for ((p, n), direct) in p.iter_mut().zip(&*n).zip(direct) {
-                                *p = rstd * (*p - mean_p - n * mean_pn) + direct.to_f32();
+                            for ((p, z), direct) in p.iter_mut().zip(z).zip(direct) {
+                                *p = rstd * (*p - mean_p - (z - mean) * slope) + direct.to_f32();
                             }
                         }
                         None => {
-                            for (p, n) in p.iter_mut().zip(&*n) {
-                                *p = rstd * (*p - mean_p - n * mean_pn);
+                            for (p, z) in p.iter_mut().zip(z) {
+                                *p = rstd * (*p - mean_p - (z - mean) * slope);
                             }
                         }
                     }
@@ -210,31 +162,28 @@ fn backward_block<T: Float>(op: &RowNorm, job: &Backward, block: Block) {
 
 /// One row of what backward reads.
 struct Inputs<'a, T> {
-    z: &'a [T],
+    z: &'a [f32],
     gradient: &'a [T],
     multiplier: &'a [f32],
 }
 
-/// `n` and `p = g * multiplier` of a row, and its terms in the sums of scale and shift.
+/// `p = g * multiplier` of a row, and its terms in the sums of scale and shift.
 #[inline(always)]
 fn project<T: Float>(
     inputs: &Inputs<T>,
     mean: f32,
     rstd: f32,
     [scale_sum, shift_sum]: [&mut [f32]; 2],
-    n: &mut [f32],
     p: &mut [f32],
 ) {
     let width = p.len();
-    let (z, gradient) = (&inputs.z[..width], &inputs.gradient[..width]);
-    let (multiplier, n) = (&inputs.multiplier[..width], &mut n[..width]);
+    let (z, gradient, multiplier) =
+        (&inputs.z[..width], &inputs.gradient[..width], &inputs.multiplier[..width]);
     let (scale_sum, shift_sum) = (&mut scale_sum[..width], &mut shift_sum[..width]);
     for column in 0..width {
         let g = gradient[column].to_f32();
-        let normal = (z[column].to_f32() - mean) * rstd;
-        n[column] = normal;
         p[column] = g * multiplier[column];
-        scale_sum[column] += g * normal;
+        scale_sum[column] += g * ((z[column] - mean) * rstd);
         shift_sum[column] += g;
     }
 }

@@ -2,31 +2,14 @@ use anneal_device::ThreadPool;
 use anneal_device::cpu::{math, vectorize};
 
 use crate::ops::row_blocks::RowBlocks;
-use crate::ops::scratch;
+use crate::ops::{lanes, scratch};
 use crate::parallel::Shared;
 use crate::{Float, Result, Tensor, for_float};
 
-const LANES: usize = 32;
-
+/// Passes over NaN, which appears again in the exponentials.
 #[inline(always)]
-fn sum(values: &[f32]) -> f32 {
-    let mut lanes = [0.0; LANES];
-    for chunk in values.chunks(LANES) {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, value)| *lane += value);
-    }
-    lanes.iter().sum()
-}
-
-#[inline(always)]
-fn largest(values: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    for chunk in values.chunks(LANES) {
-        for (lane, value) in lanes.iter_mut().zip(chunk) {
-            *lane = if *value > *lane { *value } else { *lane };
-        }
-    }
-    // A NaN is passed over here and appears again in the exponentials.
-    lanes.into_iter().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
 }
 
 pub(super) fn forward(pool: &ThreadPool, blocks: &RowBlocks, x: &Tensor, y: &mut Tensor) -> Result<()> {
@@ -37,9 +20,9 @@ pub(super) fn forward(pool: &ThreadPool, blocks: &RowBlocks, x: &Tensor, y: &mut
             for row in block.first..block.first + block.rows {
                 let input = &x[row * width..(row + 1) * width];
                 values.iter_mut().zip(input).for_each(|(to, from)| *to = from.to_f32());
-                let largest = largest(values);
+                let largest = lanes::fold(values, f32::NEG_INFINITY, larger, larger);
                 values.iter_mut().for_each(|value| *value = math::exp(*value - largest));
-                let factor = 1.0 / sum(values);
+                let factor = 1.0 / lanes::sum(values);
                 // SAFETY: each row is in one block.
                 let out = unsafe { output.slice(row * width, width) };
                 out.iter_mut().zip(&*values).for_each(|(to, from)| *to = T::from_f32(from * factor));
@@ -70,7 +53,7 @@ pub(super) fn backward(
                 for (product, (g, y)) in products.iter_mut().zip(incoming.iter().zip(y)) {
                     *product = g.to_f32() * y.to_f32();
                 }
-                let total = sum(products);
+                let total = lanes::sum(products);
                 let out = unsafe { dx.slice(row * width, width) };
                 for (out, (product, y)) in out.iter_mut().zip(products.iter().zip(y)) {
                     *out = T::from_f32(product - total * y.to_f32());

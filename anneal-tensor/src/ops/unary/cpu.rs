@@ -27,13 +27,13 @@ struct Forward<'a> {
 
 impl Visitor for Forward<'_> {
     type Result = ();
-    fn visit(self, value: impl Fn(f32) -> f32 + Sync, _: Of, _: impl Fn(f32) -> f32 + Sync) {
+    fn visit(self, value: impl Fn(f32) -> f32 + Sync + Copy, _: Of, _: impl Fn(f32) -> f32 + Sync + Copy) {
         map(
             self.pool,
             [self.x],
             self.y,
             #[inline(always)]
-            |[x]| value(x),
+            move |[x]| value(x),
         );
     }
 }
@@ -47,21 +47,26 @@ struct Backward<'a> {
 
 impl Visitor for Backward<'_> {
     type Result = ();
-    fn visit(self, _: impl Fn(f32) -> f32 + Sync, _: Of, derivative: impl Fn(f32) -> f32 + Sync) {
+    fn visit(
+        self,
+        _: impl Fn(f32) -> f32 + Sync + Copy,
+        _: Of,
+        derivative: impl Fn(f32) -> f32 + Sync + Copy,
+    ) {
         match self.saved {
             Some(saved) => map(
                 self.pool,
                 [self.gradient, saved],
                 self.dx,
                 #[inline(always)]
-                |[g, v]| g * derivative(v),
+                move |[g, v]| g * derivative(v),
             ),
             None => map(
                 self.pool,
                 [self.gradient],
                 self.dx,
                 #[inline(always)]
-                |[g]| g * derivative(0.0),
+                move |[g]| g * derivative(0.0),
             ),
         }
     }

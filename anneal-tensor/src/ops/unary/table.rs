@@ -39,9 +39,9 @@ pub(super) trait Visitor {
     type Result;
     fn visit(
         self,
-        value: impl Fn(f32) -> f32 + Sync,
+        value: impl Fn(f32) -> f32 + Sync + Copy,
         of: Of,
-        derivative: impl Fn(f32) -> f32 + Sync,
+        derivative: impl Fn(f32) -> f32 + Sync + Copy,
     ) -> Self::Result;
 }
 
@@ -49,10 +49,10 @@ impl Function {
     pub(super) fn visit<V: Visitor>(self, visitor: V) -> V::Result {
         match self {
             Self::Affine { factor, offset } => {
-                visitor.visit(|x| x * factor + offset, Of::Nothing, |_| factor)
+                visitor.visit(move |x| x * factor + offset, Of::Nothing, move |_| factor)
             }
             Self::Clamp { low, high } => visitor.visit(
-                |x| {
+                move |x| {
                     if x < low {
                         low
                     } else if x > high {
@@ -62,7 +62,7 @@ impl Function {
                     }
                 },
                 Of::Input,
-                |x| if x < low || x > high { 0.0 } else { 1.0 },
+                move |x| if x < low || x > high { 0.0 } else { 1.0 },
             ),
             Self::Exp => visitor.visit(math::exp, Of::Output, |y| y),
             Self::GeluExact => visitor.visit(gelu::exact, Of::Input, gelu::exact_derivative),
@@ -96,7 +96,12 @@ impl Function {
         struct Saves;
         impl Visitor for Saves {
             type Result = Of;
-            fn visit(self, _: impl Fn(f32) -> f32 + Sync, of: Of, _: impl Fn(f32) -> f32 + Sync) -> Of {
+            fn visit(
+                self,
+                _: impl Fn(f32) -> f32 + Sync + Copy,
+                of: Of,
+                _: impl Fn(f32) -> f32 + Sync + Copy,
+            ) -> Of {
                 of
             }
         }
