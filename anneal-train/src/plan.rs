@@ -1,0 +1,135 @@
+//! What a recipe will do, said before it is done: model, data, steps, memory.
+
+use std::fmt;
+
+use anneal_models::dit::{Dit, DitConfig};
+use anneal_nn::ChunkLayout;
+use anneal_recipe::{Model, Recipe};
+use anneal_tensor::DType;
+
+use crate::error::Result;
+use crate::report::summary::{self, Align, Table};
+use crate::settings;
+
+/// A resolved recipe with the figures that follow from it.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    recipe: Recipe,
+    config: DitConfig,
+    parameters: usize,
+    tensors: usize,
+    chunks: usize,
+    pub memory: PredictedMemory,
+}
+
+/// Bytes by purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PredictedMemory {
+    pub weights: usize,
+    pub gradients: usize,
+    pub optimizer: usize,
+    /// At the peak of backward; an estimate, the others are exact.
+    pub activations: usize,
+}
+
+impl PredictedMemory {
+    pub fn total(&self) -> usize {
+        self.weights + self.gradients + self.optimizer + self.activations
+    }
+}
+
+impl Plan {
+    /// Describes the model and lays it out, without allocating it.
+    pub fn new(recipe: &Recipe) -> Result<Self> {
+        let config = settings::model_config(recipe)?;
+        settings::objective(recipe)?;
+        let (_, parameters) = Dit::new(&config)?;
+        let layout = ChunkLayout::new(&parameters, recipe.train.chunk_size.bytes() / size_of::<f32>());
+        let element = settings::compute_dtype(recipe).size();
+        let elements = |trainable: bool| -> usize {
+            let of_kind = layout.chunks().iter().filter(|chunk| chunk.trainable == trainable);
+            of_kind.map(|chunk| chunk.elements).sum()
+        };
+        let trained = elements(true);
+        let masters = usize::from(element != DType::F32.size());
+        let memory = PredictedMemory {
+            weights: (trained + elements(false)) * element,
+            gradients: trained * DType::F32.size(),
+            optimizer: trained * DType::F32.size() * (2 + masters + recipe.ema.rates.len()),
+            activations: activations(recipe, &config, element),
+        };
+        Ok(Self {
+            recipe: recipe.clone(),
+            config,
+            parameters: parameters.elements(),
+            tensors: parameters.len(),
+            chunks: layout.chunks().len(),
+            memory,
+        })
+    }
+
+    fn model_line(&self) -> String {
+        let DitConfig { hidden_size, depth, heads, patch_size, channels, image_size: [height, width], .. } =
+            self.config;
+        format!(
+            "DiT, {} parameters in {} tensors and {}: width {hidden_size}, depth {depth}, {heads} heads, patch {patch_size}, images {channels}x{height}x{width}",
+            summary::short_count(self.parameters as u64),
+            self.tensors,
+            summary::plural(self.chunks as u64, "chunk")
+        )
+    }
+
+    fn steps_line(&self) -> String {
+        let train = &self.recipe.train;
+        let parts = match train.accumulate {
+            1 => String::new(),
+            parts => format!(" in {parts} passes"),
+        };
+        format!(
+            "{} of {} images{parts}, {} images in all",
+            summary::plural(train.steps as u64, "step"),
+            train.batch,
+            summary::count((train.steps * train.batch) as u64)
+        )
+    }
+}
+
+/// Numbers that one token leaves behind for backward in a block, in units of the hidden size: the two
+/// residual sums and their norms (4), queries, keys and values (3), attention's output (1), the two
+/// branches (2), and the feed-forward part before and after its activation (2 times the ratio).
+fn activations(recipe: &Recipe, config: &DitConfig, element: usize) -> usize {
+    let Model::Dit(dit) = &recipe.model;
+    let rows = recipe.train.batch / recipe.train.accumulate;
+    let [height, width] = config.grid();
+    let tokens = rows * height * width;
+    let unit = config.hidden_size * element;
+    let block = tokens * (unit * 10 + 2 * config.mlp_hidden_size() * element);
+    let kept = match dit.checkpoint_activations {
+        true => tokens * unit * 2 * config.depth + block,
+        false => block * config.depth,
+    };
+    // The gradients in flight at the deepest point, and what is kept outside the blocks.
+    let modulation = rows * unit * (6 * config.depth + 2);
+    let image = tokens * config.patch_size.pow(2) * (config.output_channels() + 4 * config.channels) * DType::F32.size();
+    kept + modulation + image + tokens * unit * 4
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let recipe = &self.recipe;
+        let mut table = Table::new([("plan", Align::Left), (&recipe.name, Align::Left)]);
+        table.row(["model", &self.model_line()]);
+        table.row(["training", &self.steps_line()]);
+        table.row(["device", &format!("{}, {:?}", recipe.device, recipe.train.precision).to_lowercase()]);
+        table.row(["run folder", &recipe.output.display().to_string()]);
+        write!(out, "{table}")?;
+        let bytes = |count: usize| summary::bytes(count as u64);
+        let mut memory = Table::new([("predicted memory", Align::Left), ("", Align::Right)]);
+        memory.row(["weights".into(), bytes(self.memory.weights)]);
+        memory.row(["gradients".into(), bytes(self.memory.gradients)]);
+        memory.row(["optimizer and averages".into(), bytes(self.memory.optimizer)]);
+        memory.row(["activations (estimate)".into(), bytes(self.memory.activations)]);
+        memory.row(["sum".into(), bytes(self.memory.total())]);
+        write!(out, "{memory}")
+    }
+}

@@ -1,0 +1,292 @@
+//! A run: the folder, the loop around the step, and what a person sees of it.
+//!
+//! A run folder holds `recipe.yaml` (resolved), `plan.txt`, `checkpoints/`, `metrics.jsonl`, TensorBoard
+//! events, `loss.png` and `samples/`. It has one writer. Running the same recipe again continues it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anneal_nn::ParamStore;
+use anneal_recipe::Recipe;
+
+use crate::checkpoint::RunLock;
+use crate::error::{Result, TrainError};
+use crate::plan::Plan;
+use crate::report::grid::{self, GridOptions};
+use crate::report::metrics::{MetricsLog, StepMetrics, curves};
+use crate::report::picture::Picture;
+use crate::report::plot::TrainingCurves;
+use crate::report::progress::{Show, TrainProgress, TrainStatus};
+use crate::report::tensorboard::{EventWriter, verbatim};
+use crate::report::unix_seconds;
+use crate::state;
+use crate::trainer::{StepOutcome, Trainer};
+
+/// Samples to show: f32 in [-1, 1], `[N, C, H, W]`.
+pub struct PreviewImages {
+    pub values: Vec<f32>,
+    pub count: usize,
+    /// Channels, height, width.
+    pub shape: [usize; 3],
+    /// How they were made, for the picture's own record.
+    pub caption: String,
+}
+
+/// Draws samples from weights; given by the caller, since this crate does not sample.
+pub type Preview<'a> = dyn Fn(Arc<dyn ParamStore>) -> Result<PreviewImages, String> + 'a;
+
+/// How a run is started.
+pub struct RunOptions<'a> {
+    pub show: Show,
+    /// Set by a signal: the run saves a checkpoint and returns.
+    pub stop: Arc<AtomicBool>,
+    pub preview: &'a Preview<'a>,
+    /// Whether the recipe may differ from the checkpoint's in what it trains.
+    pub changed_recipe: bool,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunReport {
+    pub folder: PathBuf,
+    pub steps: u64,
+    /// Stopped before the recipe's last step.
+    pub stopped: bool,
+    pub last_loss: Option<f64>,
+    /// Time in steps since this start, without saving and drawing.
+    pub training: Duration,
+    pub images_per_second: f64,
+    pub peak_memory: usize,
+}
+
+/// Trains a recipe to its end, from the run folder's newest whole checkpoint if there is one.
+///
+/// # Errors
+/// Anything that stops training; the newest checkpoint stays whole.
+pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<RunReport> {
+    let folder = recipe.output.clone();
+    std::fs::create_dir_all(&folder).map_err(anneal_weights::FileError::on("make the run folder", &folder))?;
+    let lock = RunLock::acquire(&folder)?;
+    let mut trainer = Trainer::new(recipe)?;
+    let warnings = state::resume(&mut trainer, &folder, options.changed_recipe)?;
+    let mut run = Run::open(trainer, lock, folder, options)?;
+    for warning in warnings {
+        run.progress.screen().suspend(|| eprintln!("warning: {warning}"));
+    }
+    run.train()?;
+    Ok(run.finish())
+}
+
+struct Run<'a> {
+    trainer: Trainer,
+    lock: RunLock,
+    folder: PathBuf,
+    options: &'a RunOptions<'a>,
+    metrics: MetricsLog,
+    events: EventWriter,
+    progress: TrainProgress,
+    first_step: u64,
+    saved_step: Option<u64>,
+    /// Seconds of steps since this start, and in the present logging interval with its images.
+    training_seconds: f64,
+    interval: (f64, usize),
+    last: Option<StepOutcome>,
+}
+
+impl<'a> Run<'a> {
+    fn open(trainer: Trainer, lock: RunLock, folder: PathBuf, options: &'a RunOptions<'a>) -> Result<Self> {
+        let step = trainer.steps_done();
+        let recipe = trainer.recipe().clone();
+        let yaml = recipe.to_yaml();
+        anneal_weights::write_atomic(&folder.join("recipe.yaml"), yaml.as_bytes())?;
+        let plan = Plan::new(&recipe)?.to_string();
+        anneal_weights::write_atomic(&folder.join("plan.txt"), plan.as_bytes())?;
+        let (metrics, _) = MetricsLog::open(&folder.join("metrics.jsonl"), step)?;
+        let mut events = EventWriter::create(&folder, step)?;
+        events.text(step, "recipe", &verbatim(&yaml))?;
+        let progress = TrainProgress::new(options.show, recipe.train.steps as u64, step);
+        if step == 0 {
+            progress.screen().println(&plan);
+        } else {
+            let line = format!("continuing {} after step {step} of {}", folder.display(), recipe.train.steps);
+            progress.screen().println(&line);
+        }
+        let saved_step = (step > 0).then_some(step);
+        Ok(Self {
+            trainer,
+            lock,
+            folder,
+            options,
+            metrics,
+            events,
+            progress,
+            first_step: step,
+            saved_step,
+            training_seconds: 0.0,
+            interval: (0.0, 0),
+            last: None,
+        })
+    }
+
+    fn train(&mut self) -> Result<()> {
+        let recipe = self.trainer.recipe().clone();
+        let total = recipe.train.steps as u64;
+        while self.trainer.steps_done() < total && !self.stopping() {
+            let outcome = self.trainer.step()?;
+            self.note(&outcome);
+            let due = |every: usize| every > 0 && outcome.step.is_multiple_of(every as u64);
+            if due(recipe.train.log_every) || outcome.step == total {
+                self.log(&outcome)?;
+            }
+            if due(recipe.train.checkpoint.every) {
+                self.save()?;
+            }
+            if due(recipe.sample.every) && outcome.step != total {
+                self.draw()?;
+            }
+        }
+        if self.saved_step != Some(self.trainer.steps_done()) && self.trainer.steps_done() > 0 {
+            self.save()?;
+        }
+        self.plot()?;
+        if !self.stopping() && self.last.is_some() && recipe.sample.every > 0 {
+            self.draw()?;
+        }
+        Ok(())
+    }
+
+    fn stopping(&self) -> bool {
+        self.options.stop.load(Ordering::Relaxed)
+    }
+
+    fn note(&mut self, outcome: &StepOutcome) {
+        for warning in self.trainer.take_warnings() {
+            self.progress.screen().suspend(|| eprintln!("warning: {warning}"));
+        }
+        if outcome.skipped {
+            let step = outcome.step;
+            let line = format!("warning: step {step} skipped: its gradient is not finite ({} so far)", self.trainer.skipped());
+            self.progress.screen().suspend(|| eprintln!("{line}"));
+        }
+        let batch = self.trainer.recipe().train.batch;
+        self.training_seconds += outcome.seconds;
+        self.interval = (self.interval.0 + outcome.seconds, self.interval.1 + batch);
+        self.last = Some(*outcome);
+        let (seconds, images) = self.interval;
+        self.progress.update(&TrainStatus {
+            step: outcome.step,
+            loss: outcome.loss as f32,
+            grad_norm: outcome.gradient_norm as f32,
+            images_per_second: images as f64 / seconds.max(1e-9),
+            memory_bytes: self.trainer.device().memory().peak_total as u64,
+            nonfinite_skipped: self.trainer.skipped(),
+        });
+    }
+
+    fn log(&mut self, outcome: &StepOutcome) -> Result<()> {
+        let (seconds, images) = std::mem::take(&mut self.interval);
+        let images_per_second = images as f64 / seconds.max(1e-9);
+        let memory_bytes = self.trainer.device().memory().peak_total as u64;
+        self.metrics.write(&StepMetrics {
+            step: outcome.step,
+            time: unix_seconds(),
+            loss: outcome.loss as f32,
+            grad_norm: outcome.gradient_norm as f32,
+            lr: outcome.learning_rate,
+            images_per_second,
+            memory_bytes,
+            nonfinite_skipped: self.trainer.skipped(),
+            extra: BTreeMap::new(),
+        })?;
+        let scalars = [
+            ("train/loss", outcome.loss as f32),
+            ("train/gradient_norm", outcome.gradient_norm as f32),
+            ("train/learning_rate", outcome.learning_rate as f32),
+            ("speed/images_per_second", images_per_second as f32),
+            ("memory/peak_bytes", memory_bytes as f32),
+        ];
+        self.events.scalars(outcome.step, &scalars)?;
+        Ok(())
+    }
+
+    /// A checkpoint. One that fails is reported and tried again at the next; the last must succeed.
+    fn save(&mut self) -> Result<()> {
+        let step = self.trainer.steps_done();
+        self.metrics.sync()?;
+        let result = state::save(&self.trainer, &self.lock);
+        match result {
+            Ok(()) => {
+                self.saved_step = Some(step);
+                self.plot()
+            }
+            Err(error) if error.is_stale_writer() => Err(error),
+            Err(error) if step < self.trainer.recipe().train.steps as u64 && !self.stopping() => {
+                self.progress.screen().suspend(|| {
+                    eprintln!("warning: no checkpoint at step {step}: {error}; training goes on and tries again");
+                });
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn plot(&self) -> Result<()> {
+        let mut columns = curves(&self.folder.join("metrics.jsonl"), &["loss", "grad_norm"])?.into_iter();
+        let (loss, norm) = (columns.next().unwrap_or_default(), columns.next().unwrap_or_default());
+        if loss.len() < 2 {
+            return Ok(());
+        }
+        let title = self.trainer.recipe().name.clone();
+        let curves = TrainingCurves { title: &title, loss: &loss, validation: &[], gradient_norm: &norm };
+        curves.draw().write_png(&self.folder.join("loss.png"))?;
+        Ok(())
+    }
+
+    fn draw(&mut self) -> Result<()> {
+        let step = self.trainer.steps_done();
+        let rate = sampling_rate(self.trainer.recipe());
+        let images = (self.options.preview)(self.trainer.sampling_store(rate)?).map_err(TrainError::Preview)?;
+        let picture = picture(&images)?;
+        let samples = self.folder.join("samples");
+        std::fs::create_dir_all(&samples).map_err(anneal_weights::FileError::on("make the folder", &samples))?;
+        picture.write_png(&samples.join(format!("step-{step:08}.png")))?;
+        self.events.image(step, "samples", &picture)?;
+        Ok(())
+    }
+
+    fn finish(self) -> RunReport {
+        self.progress.finish();
+        let steps = self.trainer.steps_done();
+        let images = (steps - self.first_step) as f64 * self.trainer.recipe().train.batch as f64;
+        RunReport {
+            folder: self.folder,
+            steps,
+            stopped: steps < self.trainer.recipe().train.steps as u64,
+            last_loss: self.last.map(|outcome| outcome.loss),
+            training: Duration::from_secs_f64(self.training_seconds),
+            images_per_second: images / self.training_seconds.max(1e-9),
+            peak_memory: self.trainer.device().memory().peak_total,
+        }
+    }
+}
+
+/// The average that samples are drawn from: the recipe's choice, else the first, else none.
+pub fn sampling_rate(recipe: &Recipe) -> Option<f64> {
+    recipe.sample.ema.or_else(|| recipe.ema.rates.first().copied())
+}
+
+/// A grid of samples, nearly square.
+pub fn picture(images: &PreviewImages) -> Result<Picture> {
+    let [channels, height, width] = images.shape;
+    let pixels = grid::Pixels::Floats(&images.values);
+    let batch = grid::Batch { pixels, count: images.count, height, width, channels };
+    Ok(grid::grid(&batch, &GridOptions::default())?.with_text("parameters", images.caption.clone()))
+}
+
+/// Where a run keeps its resolved recipe.
+pub fn recipe_path(run: &Path) -> PathBuf {
+    run.join("recipe.yaml")
+}

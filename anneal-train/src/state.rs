@@ -1,0 +1,167 @@
+//! A trainer's state to and from checkpoints.
+//!
+//! Groups: `weights` (fp32, every parameter under its own name), `optimizer` (`first.NAME` and
+//! `second.NAME`), `ema-RATE`. All are whole tensors under names, so a checkpoint knows nothing of
+//! chunks: it loads under any chunk size or precision.
+
+use std::path::Path;
+
+use anneal_data::Cursor;
+use anneal_models::dit::DitConfig;
+use anneal_nn::{ParamId, ParamStore};
+use anneal_optim::State;
+use anneal_recipe::{Recipe, differences};
+use anneal_weights::{StoredDType, TensorSpec};
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{self, Checkpoint, RunLock};
+use crate::error::{Result, TrainError};
+use crate::trainer::{Trainer, open_loader};
+
+/// The part of a checkpoint that is not tensors.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SavedState {
+    pub step: u64,
+    pub optimizer_steps: u64,
+    pub skipped: u64,
+    pub skipped_in_a_row: u64,
+    pub cursor: Cursor,
+    pub model: DitConfig,
+    /// The resolved recipe as YAML.
+    pub recipe: String,
+}
+
+impl SavedState {
+    /// # Errors
+    /// If the checkpoint was not written by a trainer.
+    pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
+        serde_json::from_value(checkpoint.state().clone()).map_err(|error| TrainError::Settings {
+            message: format!("{}: the state in its manifest cannot be read: {error}", checkpoint.path().display()),
+        })
+    }
+
+    /// The recipe that the checkpoint was made by.
+    pub fn recipe(&self) -> Result<Recipe> {
+        Ok(Recipe::from_yaml(&self.recipe, "the checkpoint's recipe", &[])?)
+    }
+}
+
+/// The name of an average's group.
+pub fn average_group(rate: f64) -> String {
+    format!("ema-{rate}")
+}
+
+/// Writes a checkpoint, then removes those beyond the recipe's `keep_last`.
+pub fn save(trainer: &Trainer, lock: &RunLock) -> Result<()> {
+    let store: &dyn ParamStore = &*trainer.store;
+    let optimizer = &trainer.optimizer;
+    let read = |state: State, id: ParamId| match optimizer.read(store, state, id)? {
+        Some(values) => Ok(values),
+        // A frozen parameter is its own average.
+        None => store.read(id),
+    };
+    let mut writer = lock.checkpoint(trainer.step)?;
+    let all: Vec<ParamId> = store.parameters().iter().map(|(id, _)| id).collect();
+    let trained: Vec<ParamId> = all.iter().copied().filter(|id| store.parameters().spec(*id).trainable).collect();
+    let specs = |ids: &[ParamId], prefix: &str| -> Vec<TensorSpec> {
+        let spec = |id: &ParamId| {
+            let spec = store.parameters().spec(*id);
+            TensorSpec::new(format!("{prefix}{}", spec.name), StoredDType::F32, &spec.shape)
+        };
+        ids.iter().map(spec).collect()
+    };
+    let mut group = |name: &str, ids: &[ParamId], specs: &[TensorSpec], states: &[State]| {
+        writer.group::<TrainError>(name, specs, |index, sink| {
+            let values = read(states[index / ids.len()], ids[index % ids.len()])?;
+            Ok(sink.f32(&values)?)
+        })
+    };
+    group("weights", &all, &specs(&all, ""), &[State::Master])?;
+    let moments = [specs(&trained, "first."), specs(&trained, "second.")].concat();
+    group("optimizer", &trained, &moments, &[State::FirstMoment, State::SecondMoment])?;
+    for (index, rate) in trainer.recipe.ema.rates.iter().enumerate() {
+        group(&average_group(*rate), &all, &specs(&all, ""), &[State::Average(index)])?;
+    }
+    let state = SavedState {
+        step: trainer.step,
+        optimizer_steps: optimizer.steps(),
+        skipped: trainer.skipped,
+        skipped_in_a_row: trainer.skipped_in_a_row,
+        cursor: trainer.loader.cursor(),
+        model: trainer.model().config().clone(),
+        recipe: trainer.recipe.to_yaml(),
+    };
+    writer.commit(serde_json::to_value(state).expect("the state is plain data"))?;
+    lock.prune(trainer.recipe.train.checkpoint.keep_last)?;
+    Ok(())
+}
+
+/// Continues a trainer from the newest whole checkpoint of a run, if there is one; warnings about
+/// damaged ones.
+///
+/// # Errors
+/// If the recipe differs from the checkpoint's in what it trains, unless `changed_recipe`.
+pub fn resume(trainer: &mut Trainer, run: &Path, changed_recipe: bool) -> Result<Vec<String>> {
+    let newest = checkpoint::open_newest_whole(run)?;
+    let Some(checkpoint) = newest.checkpoint else { return Ok(newest.warnings) };
+    let saved = SavedState::of(&checkpoint)?;
+    check_same_recipe(&saved.recipe()?, &trainer.recipe, run, changed_recipe)?;
+    let store: &dyn ParamStore = &*trainer.store;
+    let read = |group: &str, name: &str| checkpoint.read(group, name);
+    for (id, spec) in store.parameters().iter() {
+        let weights = read("weights", &spec.name)?;
+        store.write(id, &weights)?;
+        if !spec.trainable {
+            continue;
+        }
+        let write = |state, values: &[f32]| trainer.optimizer.write(store, state, id, values);
+        write(State::Master, &weights)?;
+        write(State::FirstMoment, &read("optimizer", &format!("first.{}", spec.name))?)?;
+        write(State::SecondMoment, &read("optimizer", &format!("second.{}", spec.name))?)?;
+        for (index, rate) in trainer.recipe.ema.rates.iter().enumerate() {
+            write(State::Average(index), &read(&average_group(*rate), &spec.name)?)?;
+        }
+    }
+    trainer.optimizer.set_steps(saved.optimizer_steps);
+    trainer.step = saved.step;
+    trainer.skipped = saved.skipped;
+    trainer.skipped_in_a_row = saved.skipped_in_a_row;
+    trainer.loader = open_loader(&trainer.recipe, saved.cursor)?;
+    Ok(newest.warnings)
+}
+
+/// Keys that change neither the bits of training nor what is being trained.
+const FREE: [&str; 14] = [
+    "name",
+    "device",
+    "output",
+    "sample",
+    "train.log_every",
+    "train.checkpoint",
+    "train.chunk_size",
+    "train.nonfinite_limit",
+    "model.checkpoint_activations",
+    "data.path",
+    "data.workers",
+    "data.prefetch",
+    "data.cache",
+    "data.max_bad",
+];
+
+/// Keys that may never change within a run: the shapes in its checkpoints.
+const FIXED: [&str; 2] = ["model", "ema"];
+
+fn check_same_recipe(old: &Recipe, new: &Recipe, run: &Path, changed: bool) -> Result<()> {
+    let is_under = |line: &str, keys: &[&str]| {
+        let path = line.split(':').next().unwrap_or_default();
+        keys.iter().any(|key| path == *key || path.strip_prefix(key).is_some_and(|rest| rest.starts_with('.')))
+    };
+    let differences: Vec<String> = differences(old, new)
+        .into_iter()
+        .filter(|line| !is_under(line, &FREE) && (!changed || is_under(line, &FIXED)))
+        .collect();
+    if differences.is_empty() {
+        return Ok(());
+    }
+    Err(TrainError::OtherRecipe { run: run.display().to_string(), differences: differences.join("\n  ") })
+}

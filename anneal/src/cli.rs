@@ -1,0 +1,349 @@
+//! The command line: every command, flag and example.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Trains, samples and inspects diffusion transformers.
+///
+/// One binary, no Python. Start with `anneal quickstart`: it trains a small model on real
+/// handwritten digits in about two minutes on two CPU cores and draws samples.
+#[derive(Debug, Parser)]
+#[command(name = "anneal", version, arg_required_else_help = true, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Quickstart(Quickstart),
+    Train(Train),
+    Resume(Resume),
+    Sample(Sample),
+    VerifyResume(VerifyResume),
+    Inspect(Inspect),
+    Convert(Convert),
+    Doctor(Doctor),
+    Bench(Bench),
+    Completions(Completions),
+}
+
+/// Train on the built-in digits and draw samples: the first thing to run.
+///
+/// Needs no files: the recipe and the 1797 digits are inside the binary. Writes a run folder
+/// with checkpoints, metrics, a loss plot and `samples.png`. Interrupted? Run it again.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  anneal quickstart
+  anneal quickstart --output runs/mine --device cpu:4
+  anneal quickstart train.steps=200          (a shorter run, to look around)")]
+pub struct Quickstart {
+    /// Run folder to write
+    #[arg(long, default_value = "runs/quickstart")]
+    pub output: PathBuf,
+    /// Where to compute: cpu, or cpu:THREADS
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
+    /// Changes to the recipe, as dotted keys
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+/// Train a model as a recipe says; run the same command again to continue.
+///
+/// The recipe is a YAML file; any of its keys can be changed on the command line. The resolved
+/// recipe, checkpoints, metrics (JSON lines and TensorBoard), plots and sample grids go to the
+/// run folder. If that holds checkpoints, training continues from the newest whole one, and ends
+/// with the same bits as if it had never stopped. Ctrl-C saves a checkpoint and stops.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  anneal train recipes/digits.yaml
+  anneal train recipes/digits.yaml optim.lr=2e-4 train.steps=500 output=runs/slow
+  anneal train recipes/image_folder.yaml data.path=photos model.classes=3")]
+pub struct Train {
+    /// Recipe file
+    pub recipe: PathBuf,
+    /// Changes to the recipe, as dotted keys
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// Print the plan (model, memory, steps) and stop before training
+    #[arg(long)]
+    pub plan: bool,
+    /// No progress bar
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+/// Continue a run from its folder alone.
+///
+/// Uses the recipe saved in the folder; keys given here change it, for example to train longer.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  anneal resume runs/digits
+  anneal resume runs/digits train.steps=3000")]
+pub struct Resume {
+    /// Run folder
+    pub run: PathBuf,
+    /// Changes to the recipe, as dotted keys
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// No progress bar
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+/// Draw samples from a run, a checkpoint or weights.
+///
+/// The ending of --out decides the form: `.png` one picture with all samples, `.npz` arrays as the
+/// ADM evaluator reads them (`arr_0` u8 [N, H, W, C], `arr_1` labels; latents as f32 [N, C, H, W]),
+/// no ending a folder of single pictures. A sample depends on its seed and class alone, not on
+/// how many are drawn together: sample i has seed --seed + i.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  anneal sample runs/digits
+  anneal sample runs/digits --class 3 --num 16 --out threes.png
+  anneal sample runs/digits --class all --num 500 --guidance 2 --out samples.npz
+  anneal sample dit.safetensors --heads 6 --sampler dpm_solver_2m --steps 25 --out latents.npz")]
+pub struct Sample {
+    /// Run folder, checkpoint folder, safetensors file (original DiT layout), or diffusers folder
+    #[arg(value_name = "RUN_OR_WEIGHTS")]
+    pub source: PathBuf,
+    /// How many samples [default: 64]
+    #[arg(long, short)]
+    pub num: Option<usize>,
+    /// Classes: one, a list such as 1,4,7, or `all` in equal shares; `none` for no class [default: all]
+    #[arg(long, short)]
+    pub class: Option<String>,
+    /// Seed of the first sample
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Denoising steps [default: the recipe's, or 50]
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// ddpm, ddim, dpm_solver_2m, dpm_solver_2m_karras, unipc, euler, heun, or flow_euler for flow models
+    /// [default: the recipe's]
+    #[arg(long)]
+    pub sampler: Option<String>,
+    /// Guidance strength; 1 is none [default: the recipe's, or 1]
+    #[arg(long, short)]
+    pub guidance: Option<f64>,
+    /// all, first_three, interval:LOW:HIGH, or power_cosine:POWER [default: the recipe's]
+    #[arg(long)]
+    pub guidance_mode: Option<String>,
+    /// Noise of ddim between 0 (none) and 1 (as ddpm)
+    #[arg(long)]
+    pub eta: Option<f64>,
+    /// Shift of the times of flow_euler
+    #[arg(long)]
+    pub shift: Option<f64>,
+    /// Which average of the weights: a rate such as 0.999, or `none` for the raw weights
+    /// [default: the recipe's first]
+    #[arg(long)]
+    pub ema: Option<String>,
+    /// Starting noise from an npz (array `latents` [N, C, H, W] f32, and `labels` [N]) instead of seeds
+    #[arg(long)]
+    pub latents: Option<PathBuf>,
+    /// Samples computed together
+    #[arg(long, default_value_t = 100)]
+    pub batch: usize,
+    /// Where to write [default: samples.png]
+    #[arg(long, short)]
+    pub out: Option<PathBuf>,
+    /// Attention heads, for weights that are no preset and do not say
+    #[arg(long)]
+    pub heads: Option<usize>,
+    /// Where to compute: cpu, or cpu:THREADS
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
+    /// fp32 or bf16
+    #[arg(long, default_value = "fp32")]
+    pub precision: Precision,
+}
+
+/// Show that a stopped run continues bit for bit.
+///
+/// Runs a recipe without a stop, and again with a stop in the middle and with another number of
+/// data workers; then compares losses, weights, moments, averages and samples bit by bit.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  anneal verify-resume recipes/digits.yaml
+  anneal verify-resume recipes/flow_digits.yaml --steps 30 --stop-at 11")]
+pub struct VerifyResume {
+    /// Recipe file
+    pub recipe: PathBuf,
+    /// Changes to the recipe, as dotted keys
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// Steps of the uninterrupted run
+    #[arg(long, default_value_t = 12)]
+    pub steps: u64,
+    /// Step after which the other run stops [default: half of --steps]
+    #[arg(long)]
+    pub stop_at: Option<u64>,
+}
+
+/// Show what is in a run, checkpoint or weights file: tensors, sizes, hashes, configuration.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  anneal inspect runs/digits
+  anneal inspect model.safetensors --tensors
+  anneal inspect exported/ --json")]
+pub struct Inspect {
+    /// Run folder, checkpoint folder, safetensors file, or diffusers folder
+    pub path: PathBuf,
+    /// List every tensor
+    #[arg(long, short)]
+    pub tensors: bool,
+    /// Machine-readable output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Convert weights between layouts: a run or weights to a diffusers folder or an original DiT file.
+///
+/// The diffusers folder opens in `diffusers.DiTPipeline` (with a VAE beside it for latent models).
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  anneal convert runs/digits exported --to diffusers
+  anneal convert exported dit.safetensors --to original
+  anneal convert DiT-XL-2.safetensors exported --to diffusers")]
+pub struct Convert {
+    /// Run folder, checkpoint folder, safetensors file (original DiT layout), or diffusers folder
+    pub source: PathBuf,
+    /// File (original) or folder (diffusers) to write; must not exist
+    pub out: PathBuf,
+    /// Layout to write
+    #[arg(long)]
+    pub to: Layout,
+    /// Which average of a run's weights: a rate, or `none` for the raw weights [default: the recipe's first]
+    #[arg(long)]
+    pub ema: Option<String>,
+    /// fp32 or bf16
+    #[arg(long, default_value = "fp32")]
+    pub precision: Precision,
+    /// Attention heads, for weights that are no preset and do not say
+    #[arg(long)]
+    pub heads: Option<usize>,
+}
+
+/// Report what this machine offers and what a run would use.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  anneal doctor")]
+pub struct Doctor {
+    /// Machine-readable output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Measure speed and memory: single ops, a block, a training step, a sampling step, data loading.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  anneal bench step --model DiT-S/2 --batch 8
+  anneal bench step --hidden 128 --depth 6 --heads 4 --patch 2 --image-size 8 --channels 1 --classes 10 --batch 128
+  anneal bench op --model DiT-S/2 --batch 8
+  anneal bench sample --model DiT-S/2 --batch 2 --json
+  anneal bench data recipes/image_folder.yaml data.path=photos")]
+pub struct Bench {
+    #[command(subcommand)]
+    pub what: BenchWhat,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum BenchWhat {
+    /// Each op of a block, forward and backward
+    Op(BenchModel),
+    /// One transformer block, forward and backward
+    Block(BenchModel),
+    /// Whole training steps: forward, backward, AdamW and EMA
+    Step(BenchModel),
+    /// Model evaluations as in sampling
+    Sample(BenchModel),
+    /// The data pipeline of a recipe, alone and against training on ready tensors
+    Data(BenchData),
+}
+
+/// What to measure.
+#[derive(Debug, Args)]
+pub struct BenchModel {
+    /// A published size such as DiT-S/2; the flags below change it
+    #[arg(long, default_value = "DiT-S/2")]
+    pub model: String,
+    #[arg(long)]
+    pub hidden: Option<usize>,
+    #[arg(long)]
+    pub depth: Option<usize>,
+    #[arg(long)]
+    pub heads: Option<usize>,
+    #[arg(long)]
+    pub patch: Option<usize>,
+    #[arg(long)]
+    pub image_size: Option<usize>,
+    #[arg(long)]
+    pub channels: Option<usize>,
+    #[arg(long)]
+    pub classes: Option<usize>,
+    /// Plain mean squared error, without a learned variance
+    #[arg(long)]
+    pub no_learn_sigma: bool,
+    /// Keep only the inputs of blocks and run them again in backward
+    #[arg(long)]
+    pub checkpoint_activations: bool,
+    #[arg(long, default_value_t = 8)]
+    pub batch: usize,
+    /// fp32 or bf16
+    #[arg(long, default_value = "fp32")]
+    pub precision: Precision,
+    /// Where to compute: cpu, or cpu:THREADS
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
+    /// Measured repetitions
+    #[arg(long, default_value_t = 10)]
+    pub steps: usize,
+    /// Repetitions before measuring
+    #[arg(long, default_value_t = 2)]
+    pub warmup: usize,
+    /// Machine-readable output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Which data pipeline to measure.
+#[derive(Debug, Args)]
+pub struct BenchData {
+    /// Recipe file
+    pub recipe: PathBuf,
+    /// Changes to the recipe, as dotted keys
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// Batches to measure in each epoch
+    #[arg(long, default_value_t = 50)]
+    pub batches: usize,
+    /// Machine-readable output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Print a completion script for a shell.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  anneal completions bash > ~/.local/share/bash-completion/completions/anneal
+  anneal completions zsh > ~/.zfunc/_anneal")]
+pub struct Completions {
+    pub shell: clap_complete::Shell,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Precision {
+    Fp32,
+    Bf16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Layout {
+    /// `model_index.json` with transformer and scheduler folders
+    Diffusers,
+    /// One safetensors file with the original code's names
+    Original,
+}

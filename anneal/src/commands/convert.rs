@@ -1,0 +1,87 @@
+//! `convert`: the same weights in another layout.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anneal_models::dit::{diffusers_keys, original_keys};
+use anneal_tensor::Device;
+use anneal_weights::{DiffusersWriter, SaveOptions, StoredDType, Target};
+use anyhow::{Context, Result, bail};
+
+use crate::cli::{Convert, Layout, Precision};
+use crate::source::{self, CONFIG_KEY, Opening, Source};
+
+pub fn convert(arguments: &Convert) -> Result<ExitCode> {
+    let out = &arguments.out;
+    if out.exists() {
+        bail!("{} exists already: name a new one, or remove it first", out.display());
+    }
+    let opening = Opening {
+        ema: arguments.ema.as_deref(),
+        heads: arguments.heads,
+        // The stored dtype is chosen below; in between nothing is rounded.
+        precision: Precision::Fp32,
+        device: Device::cpu(None, None),
+    };
+    let source = source::open(&arguments.source, &opening)?;
+    for warning in &source.warnings {
+        eprintln!("warning: {warning}");
+    }
+    let dtype = match arguments.precision {
+        Precision::Fp32 => StoredDType::F32,
+        Precision::Bf16 => StoredDType::BF16,
+    };
+    match arguments.to {
+        Layout::Diffusers => write_diffusers(&source, out, dtype)?,
+        Layout::Original => write_original(&source, out, dtype)?,
+    }
+    println!("{} -> {}", source.description, out.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn options(source: &Source, dtype: StoredDType) -> Result<SaveOptions> {
+    let config = serde_json::to_string(source.model.config())?;
+    let metadata = BTreeMap::from([("format".into(), "pt".into()), (CONFIG_KEY.into(), config)]);
+    Ok(SaveOptions { dtype, metadata, ..SaveOptions::default() })
+}
+
+fn write_diffusers(source: &Source, out: &Path, dtype: StoredDType) -> Result<()> {
+    let config = source.model.config();
+    if config.frequency_shift == 0 {
+        eprintln!(
+            "warning: this model was trained with the original code's timestep frequencies; diffusers computes slightly different ones, so its images will differ slightly (train with model.convention=diffusers for an exact export)"
+        );
+    }
+    let transformer = config.to_diffusers()?;
+    let scheduler = match &source.scheduler {
+        Some(scheduler) => scheduler.clone(),
+        None => source::scheduler_config(&source.objective)?,
+    };
+    let mut writer = DiffusersWriter::create(out, "DiTPipeline")?;
+    let folder = writer.component("transformer", "diffusers", "DiTTransformer2DModel", &transformer)?;
+    let keys = diffusers_keys(config, source.store.parameters());
+    let target = Target::Component { folder: &folder, variant: None };
+    anneal_weights::save(&*source.store, &keys, &options(source, dtype)?, target)?;
+    let class = scheduler["_class_name"].as_str().context("the scheduler has no class name")?.to_owned();
+    writer.component("scheduler", "diffusers", &class, &scheduler)?;
+    let labels: serde_json::Map<String, serde_json::Value> =
+        (0..config.classes).map(|class| (class.to_string(), class.to_string().into())).collect();
+    writer.index_value("id2label", labels.into())?;
+    writer.finish()?;
+    Ok(())
+}
+
+fn write_original(source: &Source, out: &Path, dtype: StoredDType) -> Result<()> {
+    if out.extension().is_none_or(|ending| ending != "safetensors") {
+        bail!("{}: the original layout is one file whose name ends in .safetensors", out.display());
+    }
+    if source.model.config().frequency_shift == 1 {
+        eprintln!(
+            "warning: this model uses diffusers' timestep frequencies; the original code computes slightly different ones (the file says so to anneal)"
+        );
+    }
+    let keys = original_keys(source.store.parameters());
+    anneal_weights::save(&*source.store, &keys, &options(source, dtype)?, Target::File(out))?;
+    Ok(())
+}

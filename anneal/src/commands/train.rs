@@ -1,0 +1,133 @@
+//! `quickstart`, `train` and `resume`: three ways to name the same run.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use anneal_models::dit::Dit;
+use anneal_recipe::Recipe;
+use anneal_train::plan::Plan;
+use anneal_train::report::progress::Show;
+use anneal_train::report::summary;
+use anneal_train::run::{self, RunOptions, RunReport};
+use anneal_train::settings;
+use anyhow::{Context, Result, bail};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::cli::{Precision, Quickstart, Resume, Train};
+use crate::commands::sample::{self, Drawing};
+use crate::sampling::{self, SamplingSettings};
+use crate::source::{self, Opening};
+
+/// The recipe of the quick start, inside the binary.
+const DIGITS: &str = include_str!("../../../recipes/digits.yaml");
+/// Samples of the quick start's picture: ten of each class.
+const QUICKSTART_SAMPLES: usize = 100;
+
+pub fn train(arguments: &Train) -> Result<ExitCode> {
+    let recipe = Recipe::load(&arguments.recipe, &arguments.overrides)?;
+    if arguments.plan {
+        print!("{}", Plan::new(&recipe)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let (report, code) = run_recipe(&recipe, arguments.quiet, false)?;
+    print_report(&recipe, &report, &format!("anneal train {}", arguments.recipe.display()));
+    Ok(code)
+}
+
+pub fn resume(arguments: &Resume) -> Result<ExitCode> {
+    let path = run::recipe_path(&arguments.run);
+    if !path.is_file() {
+        bail!("{} is no run folder: it has no recipe.yaml", arguments.run.display());
+    }
+    let mut overrides = arguments.overrides.clone();
+    overrides.push(format!("output={}", serde_json::to_string(&arguments.run)?));
+    let recipe = Recipe::load(&path, &overrides)?;
+    let (report, code) = run_recipe(&recipe, arguments.quiet, !arguments.overrides.is_empty())?;
+    print_report(&recipe, &report, &format!("anneal resume {}", arguments.run.display()));
+    Ok(code)
+}
+
+pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
+    let mut overrides = vec![
+        format!("output={}", serde_json::to_string(&arguments.output)?),
+        format!("device={}", serde_json::to_string(&arguments.device)?),
+    ];
+    overrides.extend(arguments.overrides.iter().cloned());
+    let recipe = Recipe::from_yaml(DIGITS, "recipes/digits.yaml", &overrides)?;
+    let (report, code) = run_recipe(&recipe, false, false)?;
+    print_report(&recipe, &report, "anneal quickstart");
+    if report.stopped {
+        return Ok(code);
+    }
+    let out = arguments.output.join("samples.png");
+    let opening = Opening {
+        ema: None,
+        heads: None,
+        precision: Precision::Fp32,
+        device: anneal_tensor::Device::parse(&recipe.device, None)?,
+    };
+    let source = source::open(&arguments.output, &opening)?;
+    let drawing = Drawing {
+        settings: SamplingSettings::of(&recipe.sample, true),
+        labels: sampling::labels("all", QUICKSTART_SAMPLES, recipe.model.classes())?,
+        first_seed: 0,
+        latents: None,
+        batch: QUICKSTART_SAMPLES,
+    };
+    sample::draw(&source, &drawing, &out)?;
+    println!("\nSamples: {}   (ten of each digit, a row each)", out.display());
+    println!("Next:    anneal sample {} --class 3 --num 16 --out threes.png", arguments.output.display());
+    println!("         anneal train recipes/image_folder.yaml data.path=FOLDER   (your own images)");
+    Ok(code)
+}
+
+fn run_recipe(recipe: &Recipe, quiet: bool, changed_recipe: bool) -> Result<(RunReport, ExitCode)> {
+    let (stop, signal) = catch_signals()?;
+    let (model, _) = Dit::new(&settings::model_config(recipe)?)?;
+    let model = Arc::new(model);
+    let preview = |store| sampling::preview(recipe, model.clone(), store).map_err(|error| format!("{error:#}"));
+    let show = if quiet { Show::Nothing } else { Show::Auto };
+    let report = run::run(recipe, &RunOptions { show, stop, preview: &preview, changed_recipe })?;
+    let code = match signal.load(Ordering::Relaxed) {
+        0 => ExitCode::SUCCESS,
+        signal => ExitCode::from(128 + signal as u8),
+    };
+    Ok((report, code))
+}
+
+/// A flag that the first Ctrl-C or SIGTERM sets, and which of them it was. A second one ends the process.
+fn catch_signals() -> Result<(Arc<AtomicBool>, Arc<AtomicUsize>)> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let which = Arc::new(AtomicUsize::new(0));
+    for signal in [SIGINT, SIGTERM] {
+        // The order matters: a signal that finds the flag already set ends the process.
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.clone())
+            .and_then(|_| signal_hook::flag::register_usize(signal, which.clone(), signal as usize))
+            .and_then(|_| signal_hook::flag::register(signal, stop.clone()))
+            .context("the operating system refused a signal handler")?;
+    }
+    Ok((stop, which))
+}
+
+fn print_report(recipe: &Recipe, report: &RunReport, command: &str) {
+    let folder = report.folder.display();
+    if report.stopped {
+        println!("stopped after step {} of {}; a checkpoint is saved in {folder}", report.steps, recipe.train.steps);
+        println!("continue with: {command}");
+        return;
+    }
+    let Some(loss) = report.last_loss else {
+        println!("{folder} was already complete at step {}; nothing to do", report.steps);
+        println!("train it longer with: anneal resume {folder} train.steps={}", 2 * recipe.train.steps);
+        return;
+    };
+    println!(
+        "trained {} in {} ({:.0} images/s, peak memory {}), last loss {loss:.4}",
+        summary::plural(report.steps, "step"),
+        summary::duration(report.training),
+        report.images_per_second,
+        summary::bytes(report.peak_memory as u64)
+    );
+    println!("run folder: {folder}   (checkpoints, metrics.jsonl, loss.png, samples)");
+}

@@ -1,0 +1,51 @@
+//! `verify-resume`: the bits of a stopped run against those of an uninterrupted one.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anneal_models::dit::Dit;
+use anneal_recipe::Recipe;
+use anneal_train::report::summary::{self, Align, Table};
+use anneal_train::settings;
+use anneal_train::verify::{VerifyOptions, verify_resume as verify};
+use anyhow::{Context, Result, bail};
+
+use crate::cli::VerifyResume;
+use crate::sampling;
+
+/// Samples compared; a few show a difference as well as many.
+const SAMPLES: usize = 8;
+
+pub fn verify_resume(arguments: &VerifyResume) -> Result<ExitCode> {
+    let mut recipe = Recipe::load(&arguments.recipe, &arguments.overrides)?;
+    recipe.sample.num = recipe.sample.num.min(SAMPLES);
+    recipe.sample.steps = recipe.sample.steps.min(10);
+    if arguments.steps < 2 {
+        bail!("--steps must be at least 2, so that there is a middle to stop in");
+    }
+    let options =
+        VerifyOptions { steps: arguments.steps, stop_at: arguments.stop_at.unwrap_or(arguments.steps / 2) };
+    let scratch = tempfile::tempdir().context("no temporary folder for the checkpoint")?;
+    let (model, _) = Dit::new(&settings::model_config(&recipe)?)?;
+    let model = Arc::new(model);
+    let preview = |store| sampling::preview(&recipe, model.clone(), store).map_err(|error| format!("{error:#}"));
+    println!(
+        "{}: {} steps without a stop, against a stop after step {} with other numbers of workers and threads",
+        recipe.name, options.steps, options.stop_at
+    );
+    let comparisons = verify(&recipe, options, scratch.path(), &preview)?;
+    let mut table = Table::new([("compared", Align::Left), ("numbers", Align::Right), ("different bits", Align::Right)]);
+    for comparison in &comparisons {
+        let different = match &comparison.first {
+            None => "none".to_owned(),
+            Some(first) => format!("{} (first: {first})", comparison.different),
+        };
+        table.row([comparison.what.clone(), summary::count(comparison.numbers as u64), different]);
+    }
+    print!("{table}");
+    if comparisons.iter().any(|comparison| comparison.different > 0) {
+        bail!("the continued run differs from the uninterrupted one");
+    }
+    println!("bit-identical");
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,184 @@
+//! From a recipe's words, or the command line's, to a request to draw samples.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use anneal_diffusion::{Guidance, GuidanceShape, Method, Objective, SamplerOptions, StepVariance, Steps};
+use anneal_infer::{Pipeline, Request, Samples};
+use anneal_models::Denoiser;
+use anneal_nn::ParamStore;
+use anneal_recipe::{GuidanceMode, Recipe, Sample, Sampler};
+use anneal_train::run::PreviewImages;
+use anneal_train::settings;
+use anyhow::{Context, Result, bail};
+
+/// How samples are drawn, whatever asked for them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingSettings {
+    pub sampler: Sampler,
+    pub steps: usize,
+    pub eta: f64,
+    pub shift: f64,
+    pub guidance: f64,
+    pub guidance_mode: GuidanceMode,
+    /// Whether estimates of the clean image are kept within -1..1: pixels, not latents.
+    pub pixels: bool,
+}
+
+impl SamplingSettings {
+    /// The settings of a recipe's section `sample`.
+    pub fn of(sample: &Sample, pixels: bool) -> Self {
+        Self {
+            sampler: sample.sampler,
+            steps: sample.steps,
+            eta: sample.eta,
+            shift: sample.shift,
+            guidance: sample.guidance,
+            guidance_mode: sample.guidance_mode,
+            pixels,
+        }
+    }
+
+    /// The request's numbers for a model.
+    pub fn options(&self, objective: &Objective) -> Result<(SamplerOptions, Guidance)> {
+        let variance = match objective.learned_variance() {
+            true => StepVariance::LearnedRange,
+            false => StepVariance::Beta,
+        };
+        let method = match self.sampler {
+            Sampler::Ddpm => Method::Ddpm { variance },
+            Sampler::Ddim => Method::Ddim { eta: self.eta },
+            Sampler::DpmSolver2m => Method::DpmSolver2m { karras: false },
+            Sampler::DpmSolver2mKarras => Method::DpmSolver2m { karras: true },
+            Sampler::Unipc => Method::UniPc,
+            Sampler::Euler => Method::Euler,
+            Sampler::Heun => Method::Heun,
+            Sampler::FlowEuler => Method::FlowEuler { shift: self.shift },
+        };
+        let (shape, channels) = match self.guidance_mode {
+            GuidanceMode::All => (GuidanceShape::Constant, None),
+            GuidanceMode::FirstThree => (GuidanceShape::Constant, Some(3)),
+            GuidanceMode::Interval { low, high } => (GuidanceShape::Interval { low, high }, None),
+            GuidanceMode::PowerCosine { power } => (GuidanceShape::PowerCosine { power }, None),
+        };
+        let options = SamplerOptions {
+            method,
+            steps: Steps::Count(self.steps),
+            prediction: objective.prediction(),
+            clip: self.pixels.then_some(1.0),
+        };
+        Ok((options, Guidance::new(self.guidance, shape, channels)?))
+    }
+
+    /// The words of a picture's record.
+    pub fn caption(&self) -> String {
+        let name = serde_json::to_value(self.sampler).ok().and_then(|name| Some(name.as_str()?.to_owned()));
+        format!("sampler {}, {} steps, guidance {}", name.unwrap_or_default(), self.steps, self.guidance)
+    }
+}
+
+/// A sampler by its name in recipes.
+pub fn sampler_named(name: &str) -> Result<Sampler> {
+    serde_json::from_value(name.into()).ok().with_context(|| {
+        format!(
+            "unknown sampler '{name}': choose ddpm, ddim, dpm_solver_2m, dpm_solver_2m_karras, unipc, euler, heun or flow_euler"
+        )
+    })
+}
+
+/// A guidance mode from its short form: `all`, `first_three`, `interval:LOW:HIGH`, `power_cosine:POWER`.
+pub fn guidance_mode_named(text: &str) -> Result<GuidanceMode> {
+    let mut parts = text.split(':');
+    let name = parts.next().unwrap_or_default();
+    let numbers: Vec<f64> = parts
+        .map(|part| part.parse().with_context(|| format!("'{part}' in --guidance-mode {text} is not a number")))
+        .collect::<Result<_>>()?;
+    Ok(match (name, numbers.as_slice()) {
+        ("all", []) => GuidanceMode::All,
+        ("first_three", []) => GuidanceMode::FirstThree,
+        ("interval", &[low, high]) => GuidanceMode::Interval { low, high },
+        ("power_cosine", []) => GuidanceMode::PowerCosine { power: 4.0 },
+        ("power_cosine", &[power]) => GuidanceMode::PowerCosine { power },
+        _ => bail!("unknown guidance mode '{text}': choose all, first_three, interval:LOW:HIGH or power_cosine:POWER"),
+    })
+}
+
+/// Labels for `count` samples from `all`, `none`, one class or a list; `all` and lists in equal shares,
+/// sorted by class, the first classes taking what is left over.
+pub fn labels(text: &str, count: usize, classes: usize) -> Result<Vec<i64>> {
+    let chosen: Vec<i64> = match text {
+        "all" => (0..classes as i64).collect(),
+        "none" => return Ok(vec![classes as i64; count]),
+        list => list
+            .split(',')
+            .map(|part| match part.trim().parse::<i64>() {
+                Ok(class) if (0..classes as i64).contains(&class) => Ok(class),
+                Ok(class) => bail!("class {class} does not exist: this model knows 0 to {}", classes - 1),
+                Err(_) => bail!("'{part}' is no class: give a number, a list such as 1,4,7, `all` or `none`"),
+            })
+            .collect::<Result<_>>()?,
+    };
+    Ok(in_shares(&chosen, count))
+}
+
+fn in_shares(chosen: &[i64], count: usize) -> Vec<i64> {
+    let mut labels: Vec<usize> = (0..count).map(|index| index % chosen.len()).collect();
+    labels.sort_unstable();
+    labels.into_iter().map(|place| chosen[place]).collect()
+}
+
+/// Draws a recipe's periodic samples from a store: the trainer's preview.
+pub fn preview(
+    recipe: &Recipe,
+    model: Arc<dyn Denoiser>,
+    store: Arc<dyn ParamStore>,
+) -> Result<PreviewImages> {
+    let sample = &recipe.sample;
+    let settings = SamplingSettings::of(sample, is_pixels(recipe));
+    let objective = settings::objective(recipe)?;
+    let (sampler, guidance) = settings.options(&objective)?;
+    let all: Vec<i64> = match sample.classes.is_empty() {
+        true => (0..model.classes() as i64).collect(),
+        false => sample.classes.iter().map(|class| *class as i64).collect(),
+    };
+    let labels = in_shares(&all, sample.num);
+    let request = Request {
+        seeds: (0..sample.num as u64).collect(),
+        labels,
+        latents: None,
+        sampler,
+        guidance,
+        batch: sample.num,
+    };
+    let pipeline = Pipeline { model, store, objective };
+    let Samples { values, shape, .. } = pipeline.sample(&request, &mut |_, _| ControlFlow::Continue(()))?;
+    Ok(PreviewImages { values, count: sample.num, shape, caption: settings.caption() })
+}
+
+/// Whether a recipe's model sees pixels in -1..1, and not latents.
+pub fn is_pixels(recipe: &Recipe) -> bool {
+    recipe.data.kind != anneal_recipe::DataKind::Latents
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_come_in_equal_shares() {
+        assert_eq!(labels("all", 6, 3).unwrap(), [0, 0, 1, 1, 2, 2]);
+        assert_eq!(labels("2,0", 3, 3).unwrap(), [2, 2, 0]);
+        assert_eq!(labels("none", 2, 3).unwrap(), [3, 3]);
+        let message = labels("7", 1, 3).unwrap_err().to_string();
+        assert_eq!(message, "class 7 does not exist: this model knows 0 to 2");
+        assert!(labels("two", 1, 3).is_err());
+    }
+
+    #[test]
+    fn short_forms_of_guidance_and_samplers_are_read() {
+        assert_eq!(guidance_mode_named("interval:0.1:0.7").unwrap(), GuidanceMode::Interval { low: 0.1, high: 0.7 });
+        assert!(guidance_mode_named("interval:0.1").unwrap_err().to_string().contains("interval:LOW:HIGH"));
+        assert_eq!(sampler_named("heun").unwrap(), Sampler::Heun);
+        assert!(sampler_named("hoin").unwrap_err().to_string().contains("dpm_solver_2m"));
+    }
+}

@@ -1,0 +1,241 @@
+//! A model with weights from whatever a path names: a run, a checkpoint, a weights file, a diffusers folder.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anneal_diffusion::{BetaSchedule, Objective, Prediction, Process, Schedule};
+use anneal_models::Denoiser;
+use anneal_models::dit::{Dit, DitConfig, diffusers_keys, original_keys};
+use anneal_nn::{KeyMap, ParamStore, Parameters, ResidentStore, StoreOptions};
+use anneal_recipe::Recipe;
+use anneal_tensor::{DType, Device};
+use anneal_train::checkpoint::{self, Checkpoint};
+use anneal_train::{settings, state};
+use anneal_weights::{DiffusersFolder, TensorFiles};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::cli::Precision;
+
+/// Metadata key of weights files written here: the model's configuration as JSON.
+pub const CONFIG_KEY: &str = "anneal.model";
+
+/// What a path names.
+pub enum Kind {
+    /// The newest whole checkpoint of a run folder, or a checkpoint folder itself.
+    Checkpoint(Box<Checkpoint>),
+    /// Weights in the original layout.
+    Weights(PathBuf),
+    Diffusers(PathBuf),
+}
+
+/// A model with weights, ready to sample or to be written elsewhere.
+pub struct Source {
+    pub model: Arc<Dit>,
+    pub store: Arc<dyn ParamStore>,
+    pub objective: Objective,
+    /// Of a run or checkpoint.
+    pub recipe: Option<Recipe>,
+    /// Of a diffusers folder: its scheduler's configuration.
+    pub scheduler: Option<Value>,
+    /// For people: what was opened.
+    pub description: String,
+    pub warnings: Vec<String>,
+}
+
+/// How to open a source.
+pub struct Opening<'a> {
+    /// A rate, `none`, or nothing for the recipe's choice.
+    pub ema: Option<&'a str>,
+    pub heads: Option<usize>,
+    pub precision: Precision,
+    pub device: Device,
+}
+
+/// Finds out what a path names.
+///
+/// # Errors
+/// If it is none of the kinds, or the run has no whole checkpoint.
+pub fn identify(path: &Path) -> Result<(Kind, Vec<String>)> {
+    if !path.exists() {
+        bail!("{} does not exist", path.display());
+    }
+    if path.is_file() {
+        return Ok((Kind::Weights(path.to_owned()), Vec::new()));
+    }
+    if path.join("model_index.json").is_file() {
+        return Ok((Kind::Diffusers(path.to_owned()), Vec::new()));
+    }
+    if path.join("manifest.json").is_file() {
+        let checkpoint = Checkpoint::open(path)?;
+        checkpoint.verify()?;
+        return Ok((Kind::Checkpoint(Box::new(checkpoint)), Vec::new()));
+    }
+    if path.join("checkpoints").is_dir() || path.join("recipe.yaml").is_file() {
+        let newest = checkpoint::open_newest_whole(path)?;
+        let Some(checkpoint) = newest.checkpoint else {
+            bail!("{} is a run without a checkpoint yet: let it train further", path.display());
+        };
+        return Ok((Kind::Checkpoint(Box::new(checkpoint)), newest.warnings));
+    }
+    bail!(
+        "{} is neither a run, a checkpoint, a .safetensors file nor a diffusers folder (with model_index.json)",
+        path.display()
+    )
+}
+
+/// Opens whatever a path names.
+pub fn open(path: &Path, opening: &Opening) -> Result<Source> {
+    let (kind, warnings) = identify(path)?;
+    let mut source = match kind {
+        Kind::Checkpoint(checkpoint) => open_checkpoint(&checkpoint, opening)?,
+        Kind::Weights(path) => open_weights(&path, opening)?,
+        Kind::Diffusers(path) => open_diffusers(&path, opening)?,
+    };
+    source.warnings.splice(0..0, warnings);
+    Ok(source)
+}
+
+fn open_checkpoint(checkpoint: &Checkpoint, opening: &Opening) -> Result<Source> {
+    let saved = state::SavedState::of(checkpoint)?;
+    let recipe = saved.recipe()?;
+    let rate = match opening.ema {
+        None => anneal_train::run::sampling_rate(&recipe),
+        Some("none") => None,
+        Some(text) => {
+            let rate: f64 = text.parse().with_context(|| format!("--ema {text}: give a rate, or none"))?;
+            if !recipe.ema.rates.contains(&rate) {
+                bail!("--ema {text}: this run keeps the averages {:?}", recipe.ema.rates);
+            }
+            Some(rate)
+        }
+    };
+    let group = rate.map_or_else(|| "weights".to_owned(), state::average_group);
+    let files = checkpoint.tensors(&group)?;
+    let (model, store, warnings) = load(&saved.model, opening, &files, original_keys)?;
+    let what = rate.map_or_else(|| "raw weights".to_owned(), |rate| format!("average {rate}"));
+    Ok(Source {
+        model,
+        store,
+        objective: settings::objective(&recipe)?,
+        description: format!("{} (step {}, {what})", checkpoint.path().display(), checkpoint.step()),
+        recipe: Some(recipe),
+        scheduler: None,
+        warnings,
+    })
+}
+
+fn open_weights(path: &Path, opening: &Opening) -> Result<Source> {
+    let files = TensorFiles::open(path)?;
+    let config = weights_config(&files, opening.heads)
+        .with_context(|| format!("{} cannot be opened as a DiT", path.display()))?;
+    let (model, store, warnings) = load(&config, opening, &files, original_keys)?;
+    let objective = published_objective(&config)?;
+    let description = path.display().to_string();
+    Ok(Source { model, store, objective, recipe: None, scheduler: None, description, warnings })
+}
+
+/// The configuration written beside the weights, or what their shapes say.
+pub fn weights_config(files: &TensorFiles, heads: Option<usize>) -> Result<DitConfig> {
+    if let Some(text) = files.metadata().get(CONFIG_KEY) {
+        return serde_json::from_str(text).with_context(|| format!("its metadata {CONFIG_KEY} cannot be read"));
+    }
+    Ok(DitConfig::infer(|name| files.shape(name).map(<[usize]>::to_vec), heads)?)
+}
+
+fn open_diffusers(path: &Path, opening: &Opening) -> Result<Source> {
+    let folder = DiffusersFolder::open(path)?;
+    let config = DitConfig::from_diffusers(&folder.component_config("transformer")?)?;
+    let files = folder.component_weights("transformer", None)?;
+    let keys = |parameters: &Parameters| diffusers_keys(&config, parameters);
+    let (model, store, warnings) = load(&config, opening, &files, keys)?;
+    let scheduler = folder.component_config("scheduler")?;
+    let objective = scheduler_objective(&scheduler, &config)?;
+    let description = path.display().to_string();
+    Ok(Source { model, store, objective, recipe: None, scheduler: Some(scheduler), description, warnings })
+}
+
+fn load(
+    config: &DitConfig,
+    opening: &Opening,
+    files: &TensorFiles,
+    keys: impl Fn(&Parameters) -> KeyMap,
+) -> Result<(Arc<Dit>, Arc<dyn ParamStore>, Vec<String>)> {
+    let (model, parameters) = Dit::new(config)?;
+    let map = keys(&parameters);
+    let compute_dtype = match opening.precision {
+        Precision::Fp32 => DType::F32,
+        Precision::Bf16 => DType::BF16,
+    };
+    let options = StoreOptions { compute_dtype, chunk_elements: 8 << 20, train: false };
+    let store = ResidentStore::new(Arc::new(parameters), &opening.device, options)?;
+    store.initialise(0)?;
+    let report = anneal_weights::load(&store, &map, files)?;
+    Ok((Arc::new(model), Arc::new(store), report.warnings))
+}
+
+/// The published DiT was trained to predict epsilon over 1000 linear steps.
+fn published_objective(config: &DitConfig) -> Result<Objective> {
+    let schedule = Schedule::new(BetaSchedule::linear(1000), 1000)?;
+    Ok(Objective::new(Process::Diffusion(schedule), Prediction::Epsilon, config.learn_sigma, None)?)
+}
+
+/// The objective that a diffusers scheduler configuration stands for.
+fn scheduler_objective(scheduler: &Value, config: &DitConfig) -> Result<Objective> {
+    let text = |key: &str, default: &str| scheduler[key].as_str().unwrap_or(default).to_owned();
+    let steps = scheduler["num_train_timesteps"].as_u64().unwrap_or(1000) as usize;
+    if text("_class_name", "").starts_with("FlowMatch") {
+        return Ok(Objective::new(Process::Flow, Prediction::Flow, false, None)?);
+    }
+    let end = |key: &str, default: f64| scheduler[key].as_f64().unwrap_or(default);
+    let betas = match text("beta_schedule", "linear").as_str() {
+        "linear" => BetaSchedule::Linear { start: end("beta_start", 1e-4), end: end("beta_end", 0.02) },
+        "squaredcos_cap_v2" => BetaSchedule::SquaredCosine,
+        other => bail!("the scheduler's beta_schedule '{other}' is not known here: linear and squaredcos_cap_v2 are"),
+    };
+    let prediction = match text("prediction_type", "epsilon").as_str() {
+        "epsilon" => Prediction::Epsilon,
+        "v_prediction" => Prediction::V,
+        "sample" => Prediction::Clean,
+        other => bail!("the scheduler's prediction_type '{other}' is not known here"),
+    };
+    let schedule = Schedule::new(betas, steps)?;
+    Ok(Objective::new(Process::Diffusion(schedule), prediction, config.learn_sigma, None)?)
+}
+
+/// The scheduler configuration that diffusers needs to sample a model of this objective.
+///
+/// # Errors
+/// For flow models: `DiTPipeline` cannot drive a flow scheduler.
+pub fn scheduler_config(objective: &Objective) -> Result<Value> {
+    let Process::Diffusion(schedule) = objective.process() else {
+        bail!("a model trained by flow matching cannot be sampled by diffusers' DiTPipeline: use --to original");
+    };
+    let linear = BetaSchedule::Linear { start: 1e-4, end: 0.02 };
+    let is = |kind: BetaSchedule| schedule.betas == kind.betas(schedule.betas.len());
+    let (name, betas) = match () {
+        () if is(linear) => ("linear", Value::Null),
+        () if is(BetaSchedule::SquaredCosine) => ("squaredcos_cap_v2", Value::Null),
+        () => ("linear", schedule.betas.clone().into()),
+    };
+    let prediction = match objective.prediction() {
+        Prediction::Epsilon => "epsilon",
+        Prediction::V => "v_prediction",
+        Prediction::Clean => "sample",
+        Prediction::Flow => bail!("a velocity prediction has no name in diffusers' DDIMScheduler"),
+    };
+    Ok(serde_json::json!({
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": "0.30.0",
+        "beta_end": 0.02,
+        "beta_schedule": name,
+        "beta_start": 1e-4,
+        "clip_sample": false,
+        "num_train_timesteps": schedule.training_steps,
+        "prediction_type": prediction,
+        "set_alpha_to_one": true,
+        "steps_offset": 0,
+        "timestep_spacing": "leading",
+        "trained_betas": betas,
+    }))
+}
