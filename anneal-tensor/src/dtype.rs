@@ -84,11 +84,11 @@ macro_rules! for_float {
                 $body
             }
             $crate::DType::BF16 => {
-                type $kind = ::half::bf16;
+                type $kind = $crate::half::bf16;
                 $body
             }
             $crate::DType::F16 => {
-                type $kind = ::half::f16;
+                type $kind = $crate::half::f16;
                 $body
             }
             other => Err($crate::TensorError::unsupported_dtype($op, other)),

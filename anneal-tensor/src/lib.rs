@@ -16,6 +16,8 @@ mod tape;
 mod tensor;
 
 pub use anneal_device::{Device, DeviceError, Purpose};
+#[doc(hidden)]
+pub use half;
 pub use dtype::{DType, Element, Float};
 pub use error::TensorError;
 pub use shape::{Dims, dims};

@@ -23,6 +23,9 @@ pub(crate) fn contiguous_strides(sizes: &[usize]) -> Dims {
 
 /// Whether elements follow each other in memory (dimensions of size one may have any stride).
 pub(crate) fn is_contiguous(sizes: &[usize], strides: &[usize]) -> bool {
+    if sizes.contains(&0) {
+        return true;
+    }
     let mut step = 1;
     for axis in (0..sizes.len()).rev() {
         if sizes[axis] != 1 && strides[axis] != step {
@@ -104,6 +107,12 @@ mod tests {
         assert_eq!(reshape_strides(&[4, 3], &[1, 4], &[12]), None);
         assert_eq!(reshape_strides(&[1, 4, 1], &[99, 1, 7], &[2, 2]), Some(dims(&[2, 1])));
         assert_eq!(reshape_strides(&[2, 3], &[3, 1], &[1, 6, 1]).unwrap()[1], 1);
+    }
+
+    #[test]
+    fn a_view_without_elements_is_contiguous() {
+        assert!(is_contiguous(&[2, 0], &contiguous_strides(&[2, 0])));
+        assert!(!is_contiguous(&[2, 3], &[1, 2]));
     }
 
     #[test]

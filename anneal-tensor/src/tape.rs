@@ -80,7 +80,7 @@ struct Node {
 }
 
 enum Record {
-    Node(Node),
+    Node(Box<Node>),
     ScopeBegin(Arc<dyn Scope>),
     ScopeEnd(Arc<dyn Scope>),
 }
@@ -174,7 +174,7 @@ impl Tape {
                 None => return Ok(()),
                 Some(Record::ScopeEnd(scope)) => scope.enter(Phase::Backward)?,
                 Some(Record::ScopeBegin(scope)) => scope.exit(Phase::Backward)?,
-                Some(Record::Node(node)) => self.backward_node(node)?,
+                Some(Record::Node(node)) => self.backward_node(*node)?,
             }
         }
     }
@@ -379,7 +379,7 @@ pub fn apply(op: impl Op, inputs: &[&Tensor]) -> Result<Outputs> {
         }
         let inputs = inputs.iter().map(|input| input.track.as_ref().map(|track| track.value)).collect();
         let node = Node { op: Arc::new(op), inputs, outputs: values, saved: saver.saved };
-        tape.state().records.push(Record::Node(node));
+        tape.state().records.push(Record::Node(Box::new(node)));
     }
     Ok(outputs)
 }

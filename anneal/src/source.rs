@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anneal_diffusion::{BetaSchedule, Objective, Prediction, Process, Schedule};
-use anneal_models::Denoiser;
 use anneal_models::dit::{Dit, DitConfig, diffusers_keys, original_keys};
 use anneal_nn::{KeyMap, ParamStore, Parameters, ResidentStore, StoreOptions};
 use anneal_recipe::Recipe;

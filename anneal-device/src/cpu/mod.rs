@@ -7,4 +7,4 @@ pub mod math;
 mod simd;
 
 pub use element::{Element, ElementType};
-pub use simd::vectorize;
+pub use simd::{vector_unit, vectorize};

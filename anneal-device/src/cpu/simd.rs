@@ -12,3 +12,17 @@ pub fn vectorize<R>(body: impl FnOnce() -> R) -> R {
     static ARCH: OnceLock<pulp::Arch> = OnceLock::new();
     ARCH.get_or_init(pulp::Arch::new).dispatch(body)
 }
+
+/// What the kernels run on here, for people.
+pub fn vector_unit() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
+            return "AVX-512";
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return "AVX2 with FMA";
+        }
+    }
+    "portable (no AVX2 found: expect a fraction of the speed)"
+}

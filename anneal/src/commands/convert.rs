@@ -67,7 +67,7 @@ fn write_diffusers(source: &Source, out: &Path, dtype: StoredDType) -> Result<()
     writer.component("scheduler", "diffusers", &class, &scheduler)?;
     let labels: serde_json::Map<String, serde_json::Value> =
         (0..config.classes).map(|class| (class.to_string(), class.to_string().into())).collect();
-    writer.index_value("id2label", labels.into())?;
+    writer.index_value("id2label", labels.into());
     writer.finish()?;
     Ok(())
 }

@@ -102,7 +102,7 @@ fn print(facts: &Facts, list_tensors: bool) {
         ]);
     }
     for (group, tensors) in &facts.tensors {
-        let elements: usize = tensors.names().iter().filter_map(|name| Some(tensors.spec(name)?.elements())).sum();
+        let elements: usize = tensors.names().filter_map(|name| Some(tensors.spec(name)?.elements())).sum();
         let name = if group.is_empty() { "tensors" } else { group };
         table.row([name.to_owned(), format!("{} tensors, {} numbers", tensors.len(), summary::count(elements as u64))]);
     }
@@ -119,8 +119,8 @@ fn print(facts: &Facts, list_tensors: bool) {
     let mut table = Table::new([("tensor", Align::Left), ("shape", Align::Left), ("type", Align::Left)]);
     for (group, tensors) in &facts.tensors {
         for name in tensors.names() {
-            if let Some(spec) = tensors.spec(&name) {
-                let name = if group.is_empty() { name.clone() } else { format!("{group}/{name}") };
+            if let Some(spec) = tensors.spec(name) {
+                let name = if group.is_empty() { name.to_owned() } else { format!("{group}/{name}") };
                 table.row([name, format!("{:?}", spec.shape), spec.dtype.name().to_owned()]);
             }
         }
@@ -140,8 +140,8 @@ fn as_json(facts: &Facts) -> Value {
         .tensors
         .iter()
         .flat_map(|(group, tensors)| {
-            tensors.names().into_iter().filter_map(move |name| {
-                let spec = tensors.spec(&name)?;
+            tensors.names().filter_map(move |name| {
+                let spec = tensors.spec(name)?;
                 Some(json!({"group": group, "name": name, "shape": spec.shape, "dtype": spec.dtype.name()}))
             })
         })

@@ -9,12 +9,13 @@ use std::ops::Range;
 
 use anneal_device::{Device, Purpose, ThreadPool};
 
+use super::ahead::Ahead;
 use super::block::{KEY_BLOCK, Queries, Saved, Scratch, block_queries};
 use super::keys::{KeyList, KeyScratch, Keys};
 use super::memory::{HeadRows, View, with_scratch};
-use super::product::{Left, Shape, product};
+use super::product::{Left, Shape, product, tiles_of};
 use super::simd::{Rows, Simd, Work, dispatch};
-use super::{Cut, Gradients, Problem};
+use super::{Cut, Gradients, Problem, Share};
 use crate::parallel::Shared;
 use crate::{DType, Result, Tensor};
 
@@ -56,9 +57,8 @@ pub(super) fn run(
         Targets { query: view(&gradients.query), key: view(&gradients.key), value: view(&gradients.value) };
     let cut = Cut::new(&problem.sizes);
     if cut.parts == 1 {
-        cut.run(pool, |heads, _| {
-            let queries = 0..problem.sizes.queries;
-            dispatch(Task { problem, saved, targets, heads, queries, partials: None });
+        cut.run(pool, problem.sizes.queries, |share| {
+            dispatch(Task { problem, saved, targets, share, partials: None });
         });
         return Ok(());
     }
@@ -68,22 +68,20 @@ pub(super) fn run(
     let memory = Tensor::empty_for(device, &sizes, DType::F32, Purpose::Workspace)?;
     let memory = Shared::new(memory.pointer::<f32>());
     let partials = Partials { memory, parts: cut.parts, rows: problem.sizes.keys, width };
-    cut.run(pool, |heads, part| {
-        let queries = cut.range(part, problem.sizes.queries);
-        dispatch(Task { problem, saved, targets, heads, queries, partials: Some((partials, part)) });
+    cut.run(pool, problem.sizes.queries, |share| {
+        dispatch(Task { problem, saved, targets, share, partials: Some(partials) });
     });
     pool.run(cut.heads, |head| dispatch(AddUp { problem, targets, partials, head }));
     Ok(())
 }
 
-/// The `queries` of each of the `heads`, which count over the batch.
+/// A share of the heads and queries.
 struct Task<'a> {
     problem: &'a Problem,
     saved: &'a Saved,
     targets: Targets,
-    heads: Range<usize>,
-    queries: Range<usize>,
-    partials: Option<(Partials, usize)>,
+    share: Share,
+    partials: Option<Partials>,
 }
 
 impl Work for Task<'_> {
@@ -98,17 +96,48 @@ impl Work for Task<'_> {
         with_scratch(pieces, |pieces| {
             let [b0, b1, b2, b3, b4, b5, b6, b7, b8, key, value, index, query, key_sums, value_sums] = pieces;
             let scratch = Scratch::new([b0, b1, b2, b3, b4, b5, b6, b7, b8]);
-            for head in self.heads.clone() {
+            for head in self.share.heads.clone() {
+                let ahead = self.ahead::<S>(head);
                 let at = (head / sizes.heads, head % sizes.heads);
                 // SAFETY: scratch has the sizes asked for; tasks own disjoint rows of the targets.
                 unsafe {
                     let keys = Keys::read(simd, self.problem, at.0, at.1, KeyScratch { key, value, index });
                     let held = [key_sums, value_sums].map(|piece| Rows::new(piece, padded));
-                    let pass = HeadPass { task: &self, at, keys: &keys, query: Rows::new(query, padded) };
+                    let pass = HeadPass {
+                        task: &self,
+                        at,
+                        keys: &keys,
+                        query: Rows::new(query, padded),
+                        ahead: &ahead,
+                    };
                     pass.run(simd, head, held, &scratch);
                 }
             }
         });
+    }
+}
+
+impl Task<'_> {
+    /// The rows of the head after `head`.
+    fn ahead<S: Simd>(&self, head: usize) -> Ahead {
+        let mut ahead = Ahead::nothing();
+        let sizes = &self.problem.sizes;
+        if let Some((next, queries)) = self.share.after(head) {
+            let at = (next / sizes.heads, next % sizes.heads);
+            let queries =
+                [(self.problem.query, false), (self.saved.upstream, false), (self.saved.output, false)]
+                    .into_iter()
+                    .chain(self.targets.query.map(|view| (view, true)))
+                    .map(|set| (set, queries.clone()));
+            let keys = [(self.problem.key, false), (self.problem.value, false)]
+                .into_iter()
+                .chain([self.targets.key, self.targets.value].into_iter().flatten().map(|view| (view, true)))
+                .map(|set| (set, 0..sizes.keys));
+            for ((view, write), rows) in queries.chain(keys) {
+                ahead.add(view.head(at.0, at.1), rows.start, rows.len(), sizes.dim, write);
+            }
+        }
+        ahead.within(tiles_of::<S>(5 * self.share.queries.len() * sizes.keys * sizes.dim))
     }
 }
 
@@ -119,12 +148,14 @@ struct HeadPass<'a> {
     keys: &'a Keys,
     /// `[queries, D]`, scratch for the gradient of a block of queries.
     query: Rows<*mut f32>,
+    ahead: &'a Ahead,
 }
 
 impl HeadPass<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(&self, simd: S, head: usize, held: [Rows<*mut f32>; 2], scratch: &Scratch) {
-        let Task { problem, targets, queries, partials, .. } = self.task;
+        let Task { problem, targets, share, partials, .. } = self.task;
+        let queries = &share.queries;
         let dim = problem.sizes.dim;
         let gradients =
             [targets.key, targets.value].map(|view| view.map(|view| view.head(self.at.0, self.at.1)));
@@ -135,7 +166,7 @@ impl HeadPass<'_> {
         // SAFETY: the caller's promise.
         unsafe {
             let sums = [0, 1].map(|which| match partials {
-                Some((partials, part)) => partials.rows(head, *part, which),
+                Some(partials) => partials.rows(head, share.part, which),
                 None => direct[which].unwrap_or(held[which]),
             });
             if queries.is_empty() {
@@ -177,17 +208,41 @@ impl HeadPass<'_> {
         unsafe {
             for start in (0..self.keys.list.count).step_by(KEY_BLOCK) {
                 let rows = KEY_BLOCK.min(self.keys.list.count - start);
-                let (p, ds) = block.scores(simd, self.keys, start..start + rows, scratch);
+                let (p, ds) = block.scores(simd, self.keys, start..start + rows, scratch, self.ahead);
                 let shape = Shape { rows, columns, depth: count };
                 if targets.value.is_some() {
-                    product(simd, shape, Left::rows(p), block.upstream, value_sums.at(start, 0), accumulate);
+                    product(
+                        simd,
+                        shape,
+                        Left::rows(p),
+                        block.upstream,
+                        value_sums.at(start, 0),
+                        accumulate,
+                        self.ahead,
+                    );
                 }
                 if targets.key.is_some() {
-                    product(simd, shape, Left::rows(ds), block.query, key_sums.at(start, 0), accumulate);
+                    product(
+                        simd,
+                        shape,
+                        Left::rows(ds),
+                        block.query,
+                        key_sums.at(start, 0),
+                        accumulate,
+                        self.ahead,
+                    );
                 }
                 if target.is_some() {
                     let shape = Shape { rows: count, columns, depth: rows };
-                    product(simd, shape, Left::columns(ds), self.keys.key.at(start, 0), query, start > 0);
+                    product(
+                        simd,
+                        shape,
+                        Left::columns(ds),
+                        self.keys.key.at(start, 0),
+                        query,
+                        start > 0,
+                        self.ahead,
+                    );
                 }
             }
             let Some(target) = target.filter(|_| direct.is_none()) else { return };

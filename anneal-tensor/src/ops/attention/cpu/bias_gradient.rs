@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use anneal_device::ThreadPool;
 
+use super::ahead::Ahead;
 use super::block::{KEY_BLOCK, Queries, Saved, Scratch, block_queries, transposed};
 use super::keys::{KeyScratch, Keys};
 use super::memory::{View, with_scratch};
@@ -90,6 +91,7 @@ impl Task<'_> {
         scratch: &Scratch,
     ) {
         let step = block_queries::<S>();
+        let ahead = Ahead::nothing();
         for start in self.queries.clone().step_by(step) {
             let range = start..(start + step).min(self.queries.end);
             let count = range.len();
@@ -98,7 +100,7 @@ impl Task<'_> {
                 let block = Queries::read(simd, self.problem, self.saved, at, range, 1.0, scratch);
                 for first in (0..keys.list.count).step_by(KEY_BLOCK) {
                     let depth = KEY_BLOCK.min(keys.list.count - first);
-                    let (_, gradients) = block.scores(simd, keys, first..first + depth, scratch);
+                    let (_, gradients) = block.scores(simd, keys, first..first + depth, scratch, &ahead);
                     let rows = Rows::new(scratch.bias.rows, depth.next_multiple_of(S::LANES));
                     let rows = transposed(simd, gradients, depth, gradients.stride, 1.0, rows);
                     for row in 0..count {

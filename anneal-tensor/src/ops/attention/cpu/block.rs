@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use super::Problem;
+use super::ahead::Ahead;
 use super::keys::{KeyList, Keys, few_rows};
 use super::memory::{HeadRows, View};
 use super::product::{Left, Shape, product};
@@ -99,9 +100,9 @@ pub(super) unsafe fn add_bias<S: Simd>(
 }
 
 /// Vectors of queries in a block of backward.
-const QUERY_VECTORS: usize = 2;
+const QUERY_VECTORS: usize = 4;
 /// Keys in a block of backward: its two score arrays stay in the first-level cache.
-pub(super) const KEY_BLOCK: usize = 64;
+pub(super) const KEY_BLOCK: usize = 128;
 /// Widest block of queries on any vector unit.
 const MOST_QUERIES: usize = QUERY_VECTORS * 16;
 
@@ -245,6 +246,7 @@ impl<'a> Queries<'a> {
         keys: &Keys,
         range: Range<usize>,
         scratch: &Scratch,
+        ahead: &Ahead,
     ) -> (Rows<*const f32>, Rows<*const f32>) {
         let width = self.vectors * S::LANES;
         let shape = Shape { rows: range.len(), columns: self.vectors, depth: self.problem.sizes.dim };
@@ -259,9 +261,10 @@ impl<'a> Queries<'a> {
                 self.query_transposed,
                 scores,
                 false,
+                ahead,
             );
             let values = Left::rows(keys.value.at(range.start, 0));
-            product(simd, shape, values, self.upstream_transposed, gradients, false);
+            product(simd, shape, values, self.upstream_transposed, gradients, false, ahead);
             if let Some(bias) = self.problem.bias {
                 let bias = bias.head(self.batch, self.head);
                 add_bias(simd, bias, self.range.clone(), keys.list, range.clone(), scores, scratch.bias);

@@ -4,18 +4,19 @@
 
 use std::ops::Range;
 
-use super::Problem;
+use super::ahead::Ahead;
 use super::block::{BiasScratch, add_bias, transposed};
 use super::keys::{KeyScratch, Keys, few_rows};
 use super::memory::{View, with_scratch};
-use super::product::{Left, Shape, product};
+use super::product::{Left, Shape, product, tiles_of};
 use super::simd::{Rows, Simd, Work, dispatch};
+use super::{Problem, Share};
 use crate::parallel::Shared;
 
 /// Vectors of queries in a block.
-const QUERY_VECTORS: usize = 2;
+const QUERY_VECTORS: usize = 4;
 /// Keys in a block: scores and values of a block stay in the first-level cache.
-const KEY_BLOCK: usize = 128;
+const KEY_BLOCK: usize = 256;
 /// Widest block of queries on any vector unit.
 const MOST_QUERIES: usize = QUERY_VECTORS * 16;
 
@@ -27,16 +28,15 @@ pub(super) struct Target {
     pub log_sums: Option<Shared<f32>>,
 }
 
-/// The `queries` of each of the `heads`, which count over the batch.
-pub(super) fn run(problem: &Problem, target: Target, heads: Range<usize>, queries: Range<usize>) {
-    dispatch(Task { problem, target, heads, queries });
+/// A share of the heads and queries.
+pub(super) fn run(problem: &Problem, target: Target, share: Share) {
+    dispatch(Task { problem, target, share });
 }
 
 struct Task<'a> {
     problem: &'a Problem,
     target: Target,
-    heads: Range<usize>,
-    queries: Range<usize>,
+    share: Share,
 }
 
 struct Scratch {
@@ -71,20 +71,44 @@ impl Work for Task<'_> {
         with_scratch(sizes, |[query_rows, query, scores, output, bias_rows, bias, key, value, index]| {
             let bias = BiasScratch { rows: bias_rows, transposed: bias };
             let scratch = Scratch { query_rows, query, scores, output, bias };
-            for index_of_head in self.heads.clone() {
+            for index_of_head in self.share.heads.clone() {
+                let ahead = self.ahead::<S>(index_of_head);
                 let (batch, head) =
                     (index_of_head / self.problem.sizes.heads, index_of_head % self.problem.sizes.heads);
                 // SAFETY: scratch has the sizes asked for; tasks own disjoint rows of the target.
                 unsafe {
                     let keys = Keys::read(simd, self.problem, batch, head, KeyScratch { key, value, index });
-                    for start in self.queries.clone().step_by(width) {
-                        let rows = start..(start + width).min(self.queries.end);
-                        let block = Block { problem: self.problem, target: self.target, batch, head, rows };
+                    for start in self.share.queries.clone().step_by(width) {
+                        let rows = start..(start + width).min(self.share.queries.end);
+                        let block = Block {
+                            problem: self.problem,
+                            target: self.target,
+                            batch,
+                            head,
+                            rows,
+                            ahead: &ahead,
+                        };
                         block.run(simd, &keys, &scratch);
                     }
                 }
             }
         });
+    }
+}
+
+impl Task<'_> {
+    /// The rows of the head after `head`.
+    fn ahead<S: Simd>(&self, head: usize) -> Ahead {
+        let mut ahead = Ahead::nothing();
+        let sizes = &self.problem.sizes;
+        if let Some((next, queries)) = self.share.after(head) {
+            let (batch, head) = (next / sizes.heads, next % sizes.heads);
+            ahead.add(self.problem.query.head(batch, head), queries.start, queries.len(), sizes.dim, false);
+            ahead.add(self.problem.key.head(batch, head), 0, sizes.keys, sizes.dim, false);
+            ahead.add(self.problem.value.head(batch, head), 0, sizes.keys, sizes.dim, false);
+            ahead.add(self.target.output.head(batch, head), queries.start, queries.len(), sizes.dim, true);
+        }
+        ahead.within(tiles_of::<S>(2 * self.share.queries.len() * sizes.keys * sizes.dim))
     }
 }
 
@@ -95,6 +119,7 @@ struct Block<'a> {
     batch: usize,
     head: usize,
     rows: Range<usize>,
+    ahead: &'a Ahead,
 }
 
 impl Block<'_> {
@@ -116,7 +141,7 @@ impl Block<'_> {
             for start in (0..keys.list.count).step_by(KEY_BLOCK) {
                 let depth = KEY_BLOCK.min(keys.list.count - start);
                 let shape = Shape { rows: depth, columns: vectors, depth: dim };
-                product(simd, shape, Left::rows(keys.key.at(start, 0)), query, scores, false);
+                product(simd, shape, Left::rows(keys.key.at(start, 0)), query, scores, false, self.ahead);
                 if let Some(bias) = self.problem.bias {
                     let bias = bias.head(self.batch, self.head);
                     add_bias(
@@ -141,6 +166,7 @@ impl Block<'_> {
                     keys.value.at(start, 0),
                     output,
                     start > 0,
+                    self.ahead,
                 );
             }
             self.finish(simd, &running, output, keys.list.count == 0);

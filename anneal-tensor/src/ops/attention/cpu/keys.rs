@@ -137,7 +137,7 @@ pub(super) unsafe fn few_rows<S: Simd>(
     scratch: *mut f32,
 ) -> Rows<*const f32> {
     match source.direct::<S>(start, dim) {
-        Some(direct) if count <= DIRECT_ROWS => direct.read(),
+        Some(direct) if count <= DIRECT_ROWS || !source.rows_collide() => direct.read(),
         _ => {
             let target = Rows::new(scratch, dim.next_multiple_of(S::LANES));
             // SAFETY: the caller's promise.

@@ -90,6 +90,13 @@ impl HeadRows {
         Some(Rows::new(pointer, self.stride))
     }
 
+    /// Whether many rows in the first-level cache would throw each other out: strides of a
+    /// large power of two leave them few places.
+    #[inline(always)]
+    pub fn rows_collide(&self) -> bool {
+        (self.stride * self.dtype.size()).is_multiple_of(1024)
+    }
+
     /// Copies rows `start..start + count`, elements `columns` of each, converted to f32; the
     /// target's rows are filled up with zeros to whole vectors.
     ///
@@ -134,14 +141,17 @@ impl HeadRows {
                                 std::slice::from_raw_parts_mut(target.row(row), padded),
                             )
                         };
-                        for (to, from) in target.iter_mut().zip(source) {
-                            *to = from.to_f32();
-                        }
-                        target[width..].fill(0.0);
+                        convert(source, target);
                     }
                 });
             },
         );
+    }
+
+    /// Address of row `start`, bytes between rows, and bytes of a row.
+    pub fn extent(&self, start: usize, width: usize) -> (usize, usize, usize) {
+        let size = self.dtype.size();
+        (self.memory.pointer() as usize + start * self.stride * size, self.stride * size, width * size)
     }
 
     /// The same rows from element `column` on.
@@ -204,6 +214,26 @@ impl HeadRows {
             // SAFETY: the caller's promise; zero bits are a zero of every float dtype.
             unsafe { self.memory.pointer().cast::<T>().add(index * self.stride).write_bytes(0, width) }
         });
+    }
+}
+
+/// Converts a short row, in pieces of fixed size that need no loop, and fills up with zeros.
+#[inline(always)]
+fn convert<T: Float>(source: &[T], target: &mut [f32]) {
+    const PIECE: usize = 16;
+    let whole = source.len() - source.len() % PIECE;
+    let (source, last_source) = source.split_at(whole);
+    let (target, last_target) = target.split_at_mut(whole);
+    for (target, source) in target.chunks_exact_mut(PIECE).zip(source.chunks_exact(PIECE)) {
+        // All of a piece is read before it is written, because the compiler cannot know that
+        // the rows do not overlap.
+        let values: [f32; PIECE] = std::array::from_fn(|index| source[index].to_f32());
+        target.copy_from_slice(&values);
+    }
+    if !last_target.is_empty() {
+        let mut values = [0.0; PIECE];
+        values.iter_mut().zip(last_source).for_each(|(to, from)| *to = from.to_f32());
+        last_target.copy_from_slice(&values[..last_target.len()]);
     }
 }
 

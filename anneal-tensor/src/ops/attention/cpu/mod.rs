@@ -2,14 +2,19 @@
 //! arithmetic. Scores are held to the base 2: `scale * log2(e)` is multiplied into the queries
 //! as they are transposed, which saves a multiplication per score.
 
+mod ahead;
 mod backward;
 mod bias_gradient;
 mod block;
 mod forward;
 mod keys;
+#[cfg(test)]
+mod lab;
 mod memory;
 mod product;
 mod simd;
+
+use std::ops::Range;
 
 use anneal_device::ThreadPool;
 
@@ -71,24 +76,50 @@ impl Cut {
     fn new(sizes: &Sizes) -> Self {
         let heads = sizes.batch * sizes.heads;
         let work = 2 * sizes.queries * sizes.keys * sizes.dim;
-        let parts = WANTED_TASKS.div_ceil(heads.max(1)).min(sizes.queries / LEAST_QUERIES).max(1);
+        let parts = (WANTED_TASKS / heads.max(1)).min(sizes.queries / LEAST_QUERIES).max(1);
         let parts = if work / parts < WORK_PER_TASK { 1 } else { parts };
         let heads_per_task = if parts > 1 { 1 } else { (WORK_PER_TASK / work.max(1)).max(1) };
         Self { heads, parts, heads_per_task }
     }
 
-    /// Calls `work` with the tasks' ranges of heads (counted over the batch) and their part.
-    fn run(&self, pool: &ThreadPool, work: impl Fn(std::ops::Range<usize>, usize) + Sync) {
+    /// Calls `work` with each task.
+    fn run(&self, pool: &ThreadPool, queries: usize, work: impl Fn(Share) + Sync) {
         let groups = self.heads.div_ceil(self.heads_per_task);
-        pool.run(groups * self.parts, |task| {
-            let first = task / self.parts * self.heads_per_task;
-            work(first..(first + self.heads_per_task).min(self.heads), task % self.parts);
+        let count = groups * self.parts;
+        let first_head = |task: usize| task / self.parts * self.heads_per_task;
+        pool.run(count, |task| {
+            // Tasks go around the threads nearly in turn.
+            let later = task + pool.threads();
+            let first = first_head(task);
+            work(Share {
+                heads: first..(first + self.heads_per_task).min(self.heads),
+                part: task % self.parts,
+                queries: self.range(task % self.parts, queries),
+                next: (later < count).then(|| (first_head(later), self.range(later % self.parts, queries))),
+            });
         });
     }
 
     /// The part's range out of `count` queries.
-    fn range(&self, part: usize, count: usize) -> std::ops::Range<usize> {
+    fn range(&self, part: usize, count: usize) -> Range<usize> {
         count * part / self.parts..count * (part + 1) / self.parts
+    }
+}
+
+/// A task's share of the work.
+struct Share {
+    /// Counted over the batch.
+    heads: Range<usize>,
+    part: usize,
+    queries: Range<usize>,
+    /// Head and queries that this thread is likely to meet next.
+    next: Option<(usize, Range<usize>)>,
+}
+
+impl Share {
+    /// What comes after head `head` of this share.
+    fn after(&self, head: usize) -> Option<(usize, Range<usize>)> {
+        if head + 1 < self.heads.end { Some((head + 1, self.queries.clone())) } else { self.next.clone() }
     }
 }
 
@@ -104,7 +135,7 @@ pub(super) fn forward(
     let log_sums = log_sums.map(|tensor| Shared::new(tensor.pointer::<f32>()));
     let cut = Cut::new(sizes);
     let target = forward::Target { output: View::of_heads(output), log_sums };
-    cut.run(pool, |heads, part| forward::run(&problem, target, heads, cut.range(part, sizes.queries)));
+    cut.run(pool, sizes.queries, |share| forward::run(&problem, target, share));
 }
 
 pub(super) fn backward(

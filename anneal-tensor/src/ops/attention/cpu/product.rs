@@ -5,6 +5,7 @@
 //! Attention keeps scores as `[keys, queries]`, so that no product needs a transposed score.
 //! Each element of the target sums over the depth in order, however the tiles are cut.
 
+use super::ahead::Ahead;
 use super::simd::{Rows, Simd};
 
 /// The left operand: element (row, depth) at `row * row_stride + depth * depth_stride`,
@@ -36,6 +37,13 @@ pub(super) struct Shape {
     pub depth: usize,
 }
 
+/// Tiles that a product of so many multiply-adds is cut into, roughly.
+pub(super) fn tiles_of<S: Simd>(multiply_adds: usize) -> usize {
+    const VECTORS_OF_A_TILE: usize = 24;
+    const DEPTH: usize = 64;
+    multiply_adds / (S::LANES * VECTORS_OF_A_TILE * DEPTH)
+}
+
 /// `target = left * right`, or `target += left * right`.
 ///
 /// # Safety
@@ -47,6 +55,7 @@ pub(super) unsafe fn product<S: Simd>(
     right: Rows<*const f32>,
     target: Rows<*mut f32>,
     accumulate: bool,
+    ahead: &Ahead,
 ) {
     let chunks = shape.columns.div_ceil(S::MOST_COLUMNS);
     for chunk in 0..chunks {
@@ -67,11 +76,15 @@ pub(super) unsafe fn product<S: Simd>(
                     depth: shape.depth,
                     accumulate,
                 };
+                ahead.step();
                 tile.run(simd, rows, columns);
             }
         }
     }
 }
+
+/// Steps in depth between two tests of the loop.
+const UNROLL: usize = 2;
 
 struct Tile {
     left: Left,
@@ -123,23 +136,18 @@ impl Tile {
                             }
                         }
                     }
-                    let (row_stride, depth_stride) =
-                        if TRANSPOSED { (1, left.stride) } else { (left.stride, 1) };
-                    let mut from_left = left.pointer;
-                    let mut from_right = right.pointer;
-                    for _ in 0..depth {
-                        let mut row = [simd.splat(0.0); C];
-                        for c in 0..C {
-                            row[c] = simd.load(from_right.add(c * S::LANES));
+                    let (mut left, mut right) = (left, right);
+                    // Few iterations, so that the processor foresees the end of the loop; tall tiles of
+                    // rows far apart have too many addresses for it.
+                    let mut rest = depth;
+                    if TRANSPOSED || R <= 8 {
+                        for _ in 0..depth / UNROLL {
+                            steps::<S, R, C, UNROLL, TRANSPOSED>(simd, &mut sums, &mut left, &mut right);
                         }
-                        for r in 0..R {
-                            let factor = simd.splat(*from_left.add(r * row_stride));
-                            for c in 0..C {
-                                sums[r][c] = simd.mul_add(factor, row[c], sums[r][c]);
-                            }
-                        }
-                        from_left = from_left.add(depth_stride);
-                        from_right = from_right.add(right.stride);
+                        rest = depth % UNROLL;
+                    }
+                    for _ in 0..rest {
+                        steps::<S, R, C, 1, TRANSPOSED>(simd, &mut sums, &mut left, &mut right);
                     }
                     for r in 0..R {
                         for c in 0..C {
@@ -149,5 +157,33 @@ impl Tile {
                 }
             },
         )
+    }
+}
+
+/// Adds `STEPS` steps in depth to the sums and moves on.
+#[inline(always)]
+unsafe fn steps<S: Simd, const R: usize, const C: usize, const STEPS: usize, const TRANSPOSED: bool>(
+    simd: S,
+    sums: &mut [[S::Vector; C]; R],
+    left: &mut Left,
+    right: &mut Rows<*const f32>,
+) {
+    let (row_stride, depth_stride) = if TRANSPOSED { (1, left.stride) } else { (left.stride, 1) };
+    // SAFETY: the caller's promise.
+    unsafe {
+        for step in 0..STEPS {
+            let mut row = [simd.splat(0.0); C];
+            for c in 0..C {
+                row[c] = simd.load(right.row(step).add(c * S::LANES));
+            }
+            for r in 0..R {
+                let factor = simd.splat(*left.pointer.add(r * row_stride + step * depth_stride));
+                for c in 0..C {
+                    sums[r][c] = simd.mul_add(factor, row[c], sums[r][c]);
+                }
+            }
+        }
+        left.pointer = left.pointer.add(STEPS * depth_stride);
+        right.pointer = right.pointer.add(STEPS * right.stride);
     }
 }
