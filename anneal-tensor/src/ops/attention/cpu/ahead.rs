@@ -2,8 +2,9 @@
 //! computed.
 //!
 //! Rows of a head lie far apart in the tensors (all heads of a token follow each other), so that the
-//! processor's own prefetching does not see them coming, and reading them would cost a quarter of the
-//! time. Requests are spread over the tiles of the products: a burst would stall.
+//! processor's own prefetching does not see them coming; reading them cold took a quarter of the
+//! time of 256 tokens. Requests go out one at a time from within the products, because a burst of
+//! them fills the processor's buffers and stalls.
 
 use std::cell::Cell;
 
@@ -20,17 +21,22 @@ struct RowSet {
     stride: usize,
     rows: usize,
     bytes: usize,
-    write: bool,
 }
 
-/// What remains to be fetched.
+/// What remains to be fetched: sets of rows, line by line of a row, each line of all rows.
 pub(super) struct Ahead {
     sets: [RowSet; MOST_SETS],
     count: usize,
-    lines_per_step: usize,
     set: Cell<usize>,
     row: Cell<usize>,
     offset: Cell<usize>,
+}
+
+/// Addresses to ask for, one at each [`Requests::next`].
+#[derive(Clone, Copy)]
+pub(super) struct Requests {
+    address: usize,
+    stride: usize,
 }
 
 impl Ahead {
@@ -38,73 +44,52 @@ impl Ahead {
         Self {
             sets: Default::default(),
             count: 0,
-            lines_per_step: 0,
             set: Cell::new(0),
             row: Cell::new(0),
             offset: Cell::new(0),
         }
     }
 
-    /// Adds `rows` rows of `width` elements from row `start` on; `write` if they are going to be written.
-    pub fn add(&mut self, source: HeadRows, start: usize, rows: usize, width: usize, write: bool) {
+    /// Adds `rows` rows of `width` elements from row `start` on.
+    pub fn add(&mut self, source: HeadRows, start: usize, rows: usize, width: usize) {
         let (first, stride, bytes) = source.extent(start, width);
-        self.sets[self.count] = RowSet { first, stride, rows, bytes, write };
-        self.count += 1;
+        self.sets[self.count] = RowSet { first, stride, rows, bytes };
+        self.count += usize::from(rows > 0);
     }
 
-    /// Fixes the pace: everything is asked for within `steps` calls of [`Self::step`].
-    pub fn within(mut self, steps: usize) -> Self {
-        let lines = |set: &RowSet| set.rows * set.bytes.div_ceil(LINE);
-        let total: usize = self.sets[..self.count].iter().map(lines).sum();
-        self.lines_per_step = total.div_ceil(steps.max(1));
-        self
-    }
-
+    /// About the next `count` requests.
     #[inline(always)]
-    pub fn step(&self) {
-        if self.set.get() < self.count {
-            self.request();
+    pub fn requests(&self, count: usize) -> Requests {
+        if self.set.get() == self.count {
+            // The stack is near anyway.
+            return Requests { address: self as *const Self as usize, stride: 0 };
         }
-    }
-
-    #[inline(never)]
-    fn request(&self) {
-        let (mut row, mut offset) = (self.row.get(), self.offset.get());
-        let mut set = &self.sets[self.set.get()];
-        for _ in 0..self.lines_per_step {
-            if row == set.rows {
+        let set = &self.sets[self.set.get()];
+        let (row, offset) = (self.row.get(), self.offset.get());
+        if row + count < set.rows {
+            self.row.set(row + count);
+        } else {
+            self.row.set(0);
+            if offset + LINE < set.bytes {
+                self.offset.set(offset + LINE);
+            } else {
+                self.offset.set(0);
                 self.set.set(self.set.get() + 1);
-                (row, offset) = (0, 0);
-                if self.set.get() == self.count {
-                    break;
-                }
-                set = &self.sets[self.set.get()];
-            }
-            prefetch(set.first + row * set.stride + offset, set.write);
-            offset += LINE;
-            if offset >= set.bytes {
-                (row, offset) = (row + 1, 0);
             }
         }
-        self.row.set(row);
-        self.offset.set(offset);
+        Requests { address: set.first + row * set.stride + offset, stride: set.stride }
     }
 }
 
-#[inline(always)]
-fn prefetch(address: usize, write: bool) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T1, _mm_prefetch};
-        // SAFETY: a hint touches no memory, whatever the address.
-        unsafe {
-            if write {
-                _mm_prefetch::<_MM_HINT_ET0>(address as *const i8);
-            } else {
-                _mm_prefetch::<_MM_HINT_T1>(address as *const i8);
-            }
+impl Requests {
+    #[inline(always)]
+    pub fn next(&mut self) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            // SAFETY: a hint touches no memory, whatever the address.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.address as *const i8) };
         }
+        self.address = self.address.wrapping_add(self.stride);
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (address, write);
 }

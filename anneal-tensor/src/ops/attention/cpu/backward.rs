@@ -5,15 +5,13 @@
 //! When there are few heads, tasks take parts of the queries, and the parts' gradients of keys
 //! and values are added up in order afterwards: bits do not depend on the number of threads.
 
-use std::ops::Range;
-
 use anneal_device::{Device, Purpose, ThreadPool};
 
 use super::ahead::Ahead;
 use super::block::{KEY_BLOCK, Queries, Saved, Scratch, block_queries};
 use super::keys::{KeyList, KeyScratch, Keys};
 use super::memory::{HeadRows, View, with_scratch};
-use super::product::{Left, Shape, product, tiles_of};
+use super::product::{Left, Shape, product};
 use super::simd::{Rows, Simd, Work, dispatch};
 use super::{Cut, Gradients, Problem, Share};
 use crate::parallel::Shared;
@@ -97,7 +95,7 @@ impl Work for Task<'_> {
             let [b0, b1, b2, b3, b4, b5, b6, b7, b8, key, value, index, query, key_sums, value_sums] = pieces;
             let scratch = Scratch::new([b0, b1, b2, b3, b4, b5, b6, b7, b8]);
             for head in self.share.heads.clone() {
-                let ahead = self.ahead::<S>(head);
+                let ahead = self.ahead(head);
                 let at = (head / sizes.heads, head % sizes.heads);
                 // SAFETY: scratch has the sizes asked for; tasks own disjoint rows of the targets.
                 unsafe {
@@ -119,25 +117,22 @@ impl Work for Task<'_> {
 
 impl Task<'_> {
     /// The rows of the head after `head`.
-    fn ahead<S: Simd>(&self, head: usize) -> Ahead {
+    fn ahead(&self, head: usize) -> Ahead {
         let mut ahead = Ahead::nothing();
         let sizes = &self.problem.sizes;
         if let Some((next, queries)) = self.share.after(head) {
             let at = (next / sizes.heads, next % sizes.heads);
-            let queries =
-                [(self.problem.query, false), (self.saved.upstream, false), (self.saved.output, false)]
-                    .into_iter()
-                    .chain(self.targets.query.map(|view| (view, true)))
-                    .map(|set| (set, queries.clone()));
-            let keys = [(self.problem.key, false), (self.problem.value, false)]
-                .into_iter()
-                .chain([self.targets.key, self.targets.value].into_iter().flatten().map(|view| (view, true)))
-                .map(|set| (set, 0..sizes.keys));
-            for ((view, write), rows) in queries.chain(keys) {
-                ahead.add(view.head(at.0, at.1), rows.start, rows.len(), sizes.dim, write);
+            let of_queries = [Some(self.problem.query), Some(self.saved.upstream), Some(self.saved.output)];
+            for view in of_queries.into_iter().chain([self.targets.query]).flatten() {
+                ahead.add(view.head(at.0, at.1), queries.start, queries.len(), sizes.dim);
+            }
+            let of_keys =
+                [Some(self.problem.key), Some(self.problem.value), self.targets.key, self.targets.value];
+            for view in of_keys.into_iter().flatten() {
+                ahead.add(view.head(at.0, at.1), 0, sizes.keys, sizes.dim);
             }
         }
-        ahead.within(tiles_of::<S>(5 * self.share.queries.len() * sizes.keys * sizes.dim))
+        ahead
     }
 }
 

@@ -8,7 +8,7 @@ use super::ahead::Ahead;
 use super::block::{BiasScratch, add_bias, transposed};
 use super::keys::{KeyScratch, Keys, few_rows};
 use super::memory::{View, with_scratch};
-use super::product::{Left, Shape, product, tiles_of};
+use super::product::{Left, Shape, product};
 use super::simd::{Rows, Simd, Work, dispatch};
 use super::{Problem, Share};
 use crate::parallel::Shared;
@@ -72,7 +72,7 @@ impl Work for Task<'_> {
             let bias = BiasScratch { rows: bias_rows, transposed: bias };
             let scratch = Scratch { query_rows, query, scores, output, bias };
             for index_of_head in self.share.heads.clone() {
-                let ahead = self.ahead::<S>(index_of_head);
+                let ahead = self.ahead(index_of_head);
                 let (batch, head) =
                     (index_of_head / self.problem.sizes.heads, index_of_head % self.problem.sizes.heads);
                 // SAFETY: scratch has the sizes asked for; tasks own disjoint rows of the target.
@@ -98,17 +98,17 @@ impl Work for Task<'_> {
 
 impl Task<'_> {
     /// The rows of the head after `head`.
-    fn ahead<S: Simd>(&self, head: usize) -> Ahead {
+    fn ahead(&self, head: usize) -> Ahead {
         let mut ahead = Ahead::nothing();
         let sizes = &self.problem.sizes;
         if let Some((next, queries)) = self.share.after(head) {
             let (batch, head) = (next / sizes.heads, next % sizes.heads);
-            ahead.add(self.problem.query.head(batch, head), queries.start, queries.len(), sizes.dim, false);
-            ahead.add(self.problem.key.head(batch, head), 0, sizes.keys, sizes.dim, false);
-            ahead.add(self.problem.value.head(batch, head), 0, sizes.keys, sizes.dim, false);
-            ahead.add(self.target.output.head(batch, head), queries.start, queries.len(), sizes.dim, true);
+            ahead.add(self.problem.query.head(batch, head), queries.start, queries.len(), sizes.dim);
+            ahead.add(self.problem.key.head(batch, head), 0, sizes.keys, sizes.dim);
+            ahead.add(self.problem.value.head(batch, head), 0, sizes.keys, sizes.dim);
+            ahead.add(self.target.output.head(batch, head), queries.start, queries.len(), sizes.dim);
         }
-        ahead.within(tiles_of::<S>(2 * self.share.queries.len() * sizes.keys * sizes.dim))
+        ahead
     }
 }
 

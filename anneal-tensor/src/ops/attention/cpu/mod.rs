@@ -8,8 +8,6 @@ mod bias_gradient;
 mod block;
 mod forward;
 mod keys;
-#[cfg(test)]
-mod lab;
 mod memory;
 mod product;
 mod simd;

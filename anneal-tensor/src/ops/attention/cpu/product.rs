@@ -5,7 +5,7 @@
 //! Attention keeps scores as `[keys, queries]`, so that no product needs a transposed score.
 //! Each element of the target sums over the depth in order, however the tiles are cut.
 
-use super::ahead::Ahead;
+use super::ahead::{Ahead, Requests};
 use super::simd::{Rows, Simd};
 
 /// The left operand: element (row, depth) at `row * row_stride + depth * depth_stride`,
@@ -35,13 +35,6 @@ pub(super) struct Shape {
     pub rows: usize,
     pub columns: usize,
     pub depth: usize,
-}
-
-/// Tiles that a product of so many multiply-adds is cut into, roughly.
-pub(super) fn tiles_of<S: Simd>(multiply_adds: usize) -> usize {
-    const VECTORS_OF_A_TILE: usize = 24;
-    const DEPTH: usize = 64;
-    multiply_adds / (S::LANES * VECTORS_OF_A_TILE * DEPTH)
 }
 
 /// `target = left * right`, or `target += left * right`.
@@ -75,8 +68,8 @@ pub(super) unsafe fn product<S: Simd>(
                     target: target.at(row, column * S::LANES),
                     depth: shape.depth,
                     accumulate,
+                    requests: ahead.requests(shape.depth / UNROLL),
                 };
-                ahead.step();
                 tile.run(simd, rows, columns);
             }
         }
@@ -92,6 +85,7 @@ struct Tile {
     target: Rows<*mut f32>,
     depth: usize,
     accumulate: bool,
+    requests: Requests,
 }
 
 impl Tile {
@@ -122,7 +116,7 @@ impl Tile {
     }
 
     unsafe fn sized<S: Simd, const R: usize, const C: usize, const TRANSPOSED: bool>(&self, simd: S) {
-        let Tile { left, right, target, depth, accumulate } = *self;
+        let Tile { left, right, target, depth, accumulate, mut requests } = *self;
         simd.call(
             #[inline(always)]
             || {
@@ -143,6 +137,7 @@ impl Tile {
                     if TRANSPOSED || R <= 8 {
                         for _ in 0..depth / UNROLL {
                             steps::<S, R, C, UNROLL, TRANSPOSED>(simd, &mut sums, &mut left, &mut right);
+                            requests.next();
                         }
                         rest = depth % UNROLL;
                     }
