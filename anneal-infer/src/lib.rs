@@ -78,7 +78,8 @@ impl Pipeline {
         for index in 0..batches {
             let first = index * request.batch;
             let rows = first..(first + request.batch).min(request.labels.len());
-            let mut report = |done: usize| progress(index * sampler.calls() + done, batches * sampler.calls());
+            let mut report =
+                |done: usize| progress(index * sampler.calls() + done, batches * sampler.calls());
             values.extend(self.sample_batch(request, &sampler, rows, &mut report)?);
         }
         Ok(Samples { values, shape, labels: request.labels.clone() })

@@ -9,6 +9,8 @@ use anneal_tensor::{Result, Tensor};
 use crate::{Builder, Forward, Init, Linear};
 
 /// What attention runs on after an exchange.
+// It lives on the stack of one call: an allocation would cost more than its size.
+#[allow(clippy::large_enum_variant)]
 pub enum Exchanged {
     /// `[B, N, 3, H, D]`.
     Packed(Tensor),

@@ -85,7 +85,8 @@ mod tests {
             builder.add("d", &[1], Init::Zeros);
         });
         let layout = ChunkLayout::new(&builder.finish(), 64);
-        let slots: Vec<_> = (0..6).map(|id| (layout.slot(ParamId(id)).chunk, layout.slot(ParamId(id)).offset)).collect();
+        let slots: Vec<_> =
+            (0..6).map(|id| (layout.slot(ParamId(id)).chunk, layout.slot(ParamId(id)).offset)).collect();
         assert_eq!(slots, [(0, 0), (1, 0), (0, 16), (2, 0), (3, 0), (4, 0)]);
         let sizes: Vec<_> = layout.chunks().iter().map(|chunk| (chunk.elements, chunk.trainable)).collect();
         assert_eq!(sizes, [(48, true), (16, false), (48, true), (1008, true), (16, true)]);

@@ -114,7 +114,8 @@ impl LabelEmbedding {
     /// If a label is not in `0..=classes`.
     pub fn forward(&self, forward: &Forward, labels: &[i64]) -> Result<Tensor> {
         if let Some(label) = labels.iter().find(|label| !(0..=self.null_label()).contains(*label)) {
-            let message = format!("label {label} is not in 0..={} ({} is no label)", self.classes, self.classes);
+            let message =
+                format!("label {label} is not in 0..={} ({} is no label)", self.classes, self.classes);
             return Err(TensorError::Shape { op: "label embedding", message });
         }
         let labels = Tensor::from_slice(forward.device(), labels, &[labels.len()])?;

@@ -65,7 +65,8 @@ pub trait ParamStore: Send + Sync {
             return Err(TensorError::Store { message });
         }
         let piece = self.chunk(slot.chunk)?.weights.piece(slot.offset, &[slot.elements])?;
-        let values = ops::cast(&Tensor::from_slice(self.device(), values, &[values.len()])?, self.compute_dtype())?;
+        let values =
+            ops::cast(&Tensor::from_slice(self.device(), values, &[values.len()])?, self.compute_dtype())?;
         ops::overwrite(&piece, &values)
     }
 }
@@ -130,7 +131,8 @@ impl ResidentStore {
                 Ok(())
             }
             None => {
-                let message = format!("scope {} was left before it was entered", self.parameters.scopes()[scope.0]);
+                let message =
+                    format!("scope {} was left before it was entered", self.parameters.scopes()[scope.0]);
                 Err(TensorError::Store { message })
             }
         }
@@ -198,7 +200,8 @@ impl ParamStore for ResidentStore {
         for (id, spec) in self.parameters.iter() {
             if spec.trainable && self.options.train && !self.written[id.0].swap(true, Ordering::Relaxed) {
                 let slot = self.layout.slot(id);
-                let gradients = self.chunks[slot.chunk].gradients.as_ref().expect("trainable chunks have gradients");
+                let gradients =
+                    self.chunks[slot.chunk].gradients.as_ref().expect("trainable chunks have gradients");
                 let zeros = Tensor::zeros(&self.device, &[slot.elements], DType::F32)?;
                 ops::overwrite(&gradients.piece(slot.offset, &[slot.elements])?, &zeros)?;
             }

@@ -70,9 +70,9 @@ fn default_label_dropout() -> f64 {
 #[serde(rename_all = "snake_case")]
 pub enum Convention {
     /// As in the original DiT code and weights.
-    #[default]
     Original,
-    /// As in diffusers, so that the trained folder opens there and gives the same images.
+    /// As in diffusers, so that the converted folder opens there and gives the same images.
+    #[default]
     Diffusers,
 }
 

@@ -16,10 +16,10 @@ mod tape;
 mod tensor;
 
 pub use anneal_device::{Device, DeviceError, Purpose};
-#[doc(hidden)]
-pub use half;
 pub use dtype::{DType, Element, Float};
 pub use error::TensorError;
+#[doc(hidden)]
+pub use half;
 pub use shape::{Dims, dims};
 pub use tape::{
     BackwardPass, Leaf, Op, Outputs, Phase, Saver, Scope, Sink, Tape, apply, checkpoint, refuse_tracked,

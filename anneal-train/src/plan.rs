@@ -69,8 +69,9 @@ impl Plan {
     }
 
     fn model_line(&self) -> String {
-        let DitConfig { hidden_size, depth, heads, patch_size, channels, image_size: [height, width], .. } =
-            self.config;
+        let DitConfig {
+            hidden_size, depth, heads, patch_size, channels, image_size: [height, width], ..
+        } = self.config;
         format!(
             "DiT, {} parameters in {} tensors and {}: width {hidden_size}, depth {depth}, {heads} heads, patch {patch_size}, images {channels}x{height}x{width}",
             summary::short_count(self.parameters as u64),
@@ -110,7 +111,10 @@ fn activations(recipe: &Recipe, config: &DitConfig, element: usize) -> usize {
     };
     // The gradients in flight at the deepest point, and what is kept outside the blocks.
     let modulation = rows * unit * (6 * config.depth + 2);
-    let image = tokens * config.patch_size.pow(2) * (config.output_channels() + 4 * config.channels) * DType::F32.size();
+    let image = tokens
+        * config.patch_size.pow(2)
+        * (config.output_channels() + 4 * config.channels)
+        * DType::F32.size();
     kept + modulation + image + tokens * unit * 4
 }
 

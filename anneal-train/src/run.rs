@@ -68,7 +68,8 @@ pub struct RunReport {
 /// Anything that stops training; the newest checkpoint stays whole.
 pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<RunReport> {
     let folder = recipe.output.clone();
-    std::fs::create_dir_all(&folder).map_err(anneal_weights::FileError::on("make the run folder", &folder))?;
+    std::fs::create_dir_all(&folder)
+        .map_err(anneal_weights::FileError::on("make the run folder", &folder))?;
     let lock = RunLock::acquire(&folder)?;
     let mut trainer = Trainer::new(recipe)?;
     let warnings = state::resume(&mut trainer, &folder, options.changed_recipe)?;
@@ -168,7 +169,10 @@ impl<'a> Run<'a> {
         }
         if outcome.skipped {
             let step = outcome.step;
-            let line = format!("warning: step {step} skipped: its gradient is not finite ({} so far)", self.trainer.skipped());
+            let line = format!(
+                "warning: step {step} skipped: its gradient is not finite ({} so far)",
+                self.trainer.skipped()
+            );
             self.progress.screen().suspend(|| eprintln!("{line}"));
         }
         let batch = self.trainer.recipe().train.batch;
@@ -225,7 +229,9 @@ impl<'a> Run<'a> {
             Err(error) if error.is_stale_writer() => Err(error),
             Err(error) if step < self.trainer.recipe().train.steps as u64 && !self.stopping() => {
                 self.progress.screen().suspend(|| {
-                    eprintln!("warning: no checkpoint at step {step}: {error}; training goes on and tries again");
+                    eprintln!(
+                        "warning: no checkpoint at step {step}: {error}; training goes on and tries again"
+                    );
                 });
                 Ok(())
             }
@@ -248,10 +254,12 @@ impl<'a> Run<'a> {
     fn draw(&mut self) -> Result<()> {
         let step = self.trainer.steps_done();
         let rate = sampling_rate(self.trainer.recipe());
-        let images = (self.options.preview)(self.trainer.sampling_store(rate)?).map_err(TrainError::Preview)?;
+        let images =
+            (self.options.preview)(self.trainer.sampling_store(rate)?).map_err(TrainError::Preview)?;
         let picture = picture(&images)?;
         let samples = self.folder.join("samples");
-        std::fs::create_dir_all(&samples).map_err(anneal_weights::FileError::on("make the folder", &samples))?;
+        std::fs::create_dir_all(&samples)
+            .map_err(anneal_weights::FileError::on("make the folder", &samples))?;
         picture.write_png(&samples.join(format!("step-{step:08}.png")))?;
         self.events.image(step, "samples", &picture)?;
         Ok(())

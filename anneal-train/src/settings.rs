@@ -5,8 +5,8 @@ use anneal_diffusion::{BetaSchedule, Objective, Prediction, Process, Schedule, T
 use anneal_models::dit::DitConfig;
 use anneal_optim::{AdamWOptions, LearningRate, Shape};
 use anneal_recipe::{
-    Convention, DataKind, Diffusion, Dit, DitArchitecture, ImageSize, LearningRateSchedule, Model, NoiseSchedule, Recipe,
-    Target,
+    Convention, DataKind, Diffusion, Dit, DitArchitecture, ImageSize, LearningRateSchedule, Model,
+    NoiseSchedule, Recipe, Target,
 };
 use anneal_tensor::DType;
 

@@ -36,7 +36,10 @@ impl SavedState {
     /// If the checkpoint was not written by a trainer.
     pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
         serde_json::from_value(checkpoint.state().clone()).map_err(|error| TrainError::Settings {
-            message: format!("{}: the state in its manifest cannot be read: {error}", checkpoint.path().display()),
+            message: format!(
+                "{}: the state in its manifest cannot be read: {error}",
+                checkpoint.path().display()
+            ),
         })
     }
 
@@ -62,7 +65,8 @@ pub fn save(trainer: &Trainer, lock: &RunLock) -> Result<()> {
     };
     let mut writer = lock.checkpoint(trainer.step)?;
     let all: Vec<ParamId> = store.parameters().iter().map(|(id, _)| id).collect();
-    let trained: Vec<ParamId> = all.iter().copied().filter(|id| store.parameters().spec(*id).trainable).collect();
+    let trained: Vec<ParamId> =
+        all.iter().copied().filter(|id| store.parameters().spec(*id).trainable).collect();
     let specs = |ids: &[ParamId], prefix: &str| -> Vec<TensorSpec> {
         let spec = |id: &ParamId| {
             let spec = store.parameters().spec(*id);
@@ -154,7 +158,8 @@ const FIXED: [&str; 2] = ["model", "ema"];
 fn check_same_recipe(old: &Recipe, new: &Recipe, run: &Path, changed: bool) -> Result<()> {
     let is_under = |line: &str, keys: &[&str]| {
         let path = line.split(':').next().unwrap_or_default();
-        keys.iter().any(|key| path == *key || path.strip_prefix(key).is_some_and(|rest| rest.starts_with('.')))
+        keys.iter()
+            .any(|key| path == *key || path.strip_prefix(key).is_some_and(|rest| rest.starts_with('.')))
     };
     let differences: Vec<String> = differences(old, new)
         .into_iter()

@@ -189,8 +189,11 @@ impl Trainer {
         let noise = draw_noise(&self.device, &shape, seed, step, &samples)?;
         let drops = draw_label_drops(dit.label_dropout, seed, step, &samples);
         let null = self.model.null_label();
-        let labels: Vec<i64> =
-            labels[rows.clone()].iter().zip(&drops).map(|(label, drop)| if *drop { null } else { *label }).collect();
+        let labels: Vec<i64> = labels[rows.clone()]
+            .iter()
+            .zip(&drops)
+            .map(|(label, drop)| if *drop { null } else { *label })
+            .collect();
 
         let noised = self.objective.noised(&clean, &noise, &timesteps)?;
         let model_timesteps: Vec<f32> = timesteps.iter().map(|timestep| *timestep as f32).collect();

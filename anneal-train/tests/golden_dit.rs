@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anneal_diffusion::{
-    BetaSchedule, Branch, DiffusionError, Guidance, GuidanceShape, Method, NoiseSource, Objective, Prediction,
-    Process, Sampler, SamplerOptions, Schedule, StepVariance, Steps,
+    BetaSchedule, Branch, DiffusionError, Guidance, GuidanceShape, Method, NoiseSource, Objective,
+    Prediction, Process, Sampler, SamplerOptions, Schedule, StepVariance, Steps,
 };
 use anneal_models::dit::{Dit, DitConfig};
 use anneal_models::{Conditioning, Denoiser};
@@ -35,7 +35,9 @@ impl Case {
     }
 
     fn new(golden: Golden) -> Self {
-        let number = |key: &str| golden.config()[key].as_u64().unwrap_or_else(|| panic!("{key} in the metadata")) as usize;
+        let number = |key: &str| {
+            golden.config()[key].as_u64().unwrap_or_else(|| panic!("{key} in the metadata")) as usize
+        };
         let config = DitConfig {
             image_size: [number("input_size"); 2],
             channels: number("in_channels"),
@@ -159,7 +161,9 @@ impl Case {
             let (_, _, ours) = self.train(&start);
             let mut worst = 0f32;
             for (name, ours) in &ours {
-                for ((value, target), ours) in start.get_mut(name).unwrap().iter_mut().zip(&average[name]).zip(ours) {
+                for ((value, target), ours) in
+                    start.get_mut(name).unwrap().iter_mut().zip(&average[name]).zip(ours)
+                {
                     *value += (target - ours) / share;
                     worst = worst.max((target - ours).abs());
                 }
@@ -187,7 +191,12 @@ fn forward_losses_and_every_gradient() {
         let output =
             case.predict(&forward, &case.tensor("in.x"), &case.timesteps("in.t"), &case.golden.i64("in.y").0);
         let expected = case.golden.f32("out.forward").0;
-        assert_close(&format!("{name} forward"), &output.to_vec::<f32>().unwrap(), &expected, Tolerance::Forward);
+        assert_close(
+            &format!("{name} forward"),
+            &output.to_vec::<f32>().unwrap(),
+            &expected,
+            Tolerance::Forward,
+        );
         let noised = case
             .objective
             .noised(&case.tensor("in.x"), &case.tensor("in.noise"), &case.timesteps("in.t"))
@@ -203,7 +212,12 @@ fn forward_losses_and_every_gradient() {
             for (loss, kind) in losses.iter().zip(["mse", "vb", "loss"]) {
                 let golden = format!("out.{kind}");
                 if case.golden.has(&golden) {
-                    assert_close(&format!("{name} {kind}"), loss, &case.golden.f32(&golden).0, Tolerance::Forward);
+                    assert_close(
+                        &format!("{name} {kind}"),
+                        loss,
+                        &case.golden.f32(&golden).0,
+                        Tolerance::Forward,
+                    );
                 }
             }
             let gradients = case.gradients();
@@ -231,8 +245,18 @@ fn optimizer_steps_with_averages() {
         trained_cases += 1;
         let name = case.golden.name().to_owned();
         let (losses, trained, averages) = case.train(&case.initial());
-        assert_close(&format!("{name} losses"), &losses, &case.golden.f32("train.losses").0, Tolerance::Forward);
-        assert_all_close(&format!("{name} trained"), &trained, &case.weights("trained."), Tolerance::Gradient);
+        assert_close(
+            &format!("{name} losses"),
+            &losses,
+            &case.golden.f32("train.losses").0,
+            Tolerance::Forward,
+        );
+        assert_all_close(
+            &format!("{name} trained"),
+            &trained,
+            &case.weights("trained."),
+            Tolerance::Gradient,
+        );
         assert_all_close(&format!("{name} average"), &averages, &case.weights("ema."), Tolerance::Gradient);
     }
     assert!(trained_cases > 0, "no golden file has training steps");
@@ -289,7 +313,11 @@ fn whole_sampling_runs_with_guidance() {
         let scale = case.golden.config()["cfg_scale"].as_f64().expect("cfg_scale in the metadata");
         let labels = case.golden.i64("sample.y").0;
         let learned = Method::Ddpm { variance: StepVariance::LearnedRange };
-        let methods = [("ddpm", learned), ("ddim", Method::Ddim { eta: 0.0 }), ("ddim_eta1", Method::Ddim { eta: 1.0 })];
+        let methods = [
+            ("ddpm", learned),
+            ("ddim", Method::Ddim { eta: 0.0 }),
+            ("ddim_eta1", Method::Ddim { eta: 1.0 }),
+        ];
         for (name, method) in methods {
             let (values, shape) = case.golden.f32(&format!("sample.{name}.noise"));
             let count = shape[0];

@@ -5,7 +5,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anneal_train::checkpoint::{Checkpoint, CheckpointError, RunLock, list, open_newest_whole};
 use anneal_weights::{StoredDType, TensorSpec};
@@ -89,14 +89,23 @@ fn second_process_is_refused() {
     println!("test second_process_is_refused ... ok");
 }
 
+fn time_of_a_save() -> Duration {
+    let folder = tempfile::tempdir().unwrap();
+    let lock = RunLock::acquire(folder.path()).unwrap();
+    let start = Instant::now();
+    save(&lock, 1).unwrap();
+    start.elapsed()
+}
+
 fn kill_again_and_again() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path();
+    let one_save = time_of_a_save();
     let mut newest = 0;
     for round in 0..KILLS {
         let writer = Writer::start(run);
-        // Spread over the few milliseconds of a save.
-        std::thread::sleep(Duration::from_micros(5_000 + 1_370 * (round % 17)));
+        // Spread over the time of some saves, whatever the disk.
+        std::thread::sleep(one_save.mul_f64(1.0 + 0.23 * (round % 17) as f64));
         writer.kill();
         let found = open_newest_whole(run).unwrap();
         assert!(found.warnings.is_empty(), "round {round}: {:?}", found.warnings);

@@ -42,14 +42,14 @@ pub fn load(store: &dyn ParamStore, map: &KeyMap, files: &TensorFiles) -> Result
         }
         let [first, copies @ ..] = homes.homes.as_slice() else { unreachable!("resolved maps have homes") };
         let foreign = read_home(first, files)?;
+        let mut different = Vec::new();
         for copy in copies.iter().filter(|copy| copy.iter().all(|piece| files.contains(&piece.name))) {
             if !same_bits(&read_home(copy, files)?, &foreign) {
-                report.warnings.push(format!(
-                    "{} differs from {}, which was read",
-                    names(copy),
-                    names(first)
-                ));
+                different.push(names(copy));
             }
+        }
+        if !different.is_empty() {
+            report.warnings.push(difference(&names(first), &different, copies.len()));
         }
         store.write(homes.parameter, &without_padding(foreign, spec, homes.rows))?;
         report.parameters += 1;
@@ -68,6 +68,14 @@ fn read_home(home: &[Piece], files: &TensorFiles) -> Result<Vec<f32>, WeightsErr
 /// Bits, because NaN equals itself here.
 fn same_bits(left: &[f32], right: &[f32]) -> bool {
     left.len() == right.len() && left.iter().zip(right).all(|(left, right)| left.to_bits() == right.to_bits())
+}
+
+fn difference(read: &str, different: &[String], copies: usize) -> String {
+    let listed = different.iter().take(LISTED).map(String::as_str).collect::<Vec<_>>().join(", ");
+    let more = different.len().saturating_sub(LISTED);
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    let count = different.len();
+    format!("{read} was read, and {count} of its {copies} copies differ from it and were not: {listed}{more}")
 }
 
 fn names(home: &[Piece]) -> String {

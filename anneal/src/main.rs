@@ -30,7 +30,20 @@ fn main() -> ExitCode {
         Command::Completions(arguments) => commands::completions::completions(arguments),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
+        eprintln!("error: {}", message(&error));
         ExitCode::FAILURE
     })
+}
+
+/// The error and its causes. Most of the crates' messages already include their cause's.
+fn message(error: &anyhow::Error) -> String {
+    let mut message = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if message.is_empty() {
+            message = cause;
+        } else if !message.contains(&cause) {
+            message = format!("{message}: {cause}");
+        }
+    }
+    message
 }

@@ -11,13 +11,16 @@ use anyhow::{Context, Result, bail};
 /// Writes a grid (`.png`), arrays (`.npz`), or a folder of single pictures (no ending).
 pub fn write(samples: &Samples, out: &Path, caption: &str) -> Result<()> {
     if let Some(folder) = out.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-        std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot make the folder {}", folder.display()))?;
     }
     match out.extension().and_then(|ending| ending.to_str()) {
         Some("png") => write_grid(samples, out, caption),
         Some("npz") => write_arrays(samples, out),
         None => write_singles(samples, out, caption),
-        Some(ending) => bail!("--out {}: write .png, .npz, or a folder without an ending, not .{ending}", out.display()),
+        Some(ending) => {
+            bail!("--out {}: write .png, .npz, or a folder without an ending, not .{ending}", out.display())
+        }
     }
 }
 
@@ -25,7 +28,9 @@ pub fn write(samples: &Samples, out: &Path, caption: &str) -> Result<()> {
 pub fn check(out: &Path) -> Result<()> {
     match out.extension().and_then(|ending| ending.to_str()) {
         None | Some("png" | "npz") => Ok(()),
-        Some(ending) => bail!("--out {}: write .png, .npz, or a folder without an ending, not .{ending}", out.display()),
+        Some(ending) => {
+            bail!("--out {}: write .png, .npz, or a folder without an ending, not .{ending}", out.display())
+        }
     }
 }
 

@@ -91,7 +91,9 @@ pub fn guidance_mode_named(text: &str) -> Result<GuidanceMode> {
     let mut parts = text.split(':');
     let name = parts.next().unwrap_or_default();
     let numbers: Vec<f64> = parts
-        .map(|part| part.parse().with_context(|| format!("'{part}' in --guidance-mode {text} is not a number")))
+        .map(|part| {
+            part.parse().with_context(|| format!("'{part}' in --guidance-mode {text} is not a number"))
+        })
         .collect::<Result<_>>()?;
     Ok(match (name, numbers.as_slice()) {
         ("all", []) => GuidanceMode::All,
@@ -99,7 +101,9 @@ pub fn guidance_mode_named(text: &str) -> Result<GuidanceMode> {
         ("interval", &[low, high]) => GuidanceMode::Interval { low, high },
         ("power_cosine", []) => GuidanceMode::PowerCosine { power: 4.0 },
         ("power_cosine", &[power]) => GuidanceMode::PowerCosine { power },
-        _ => bail!("unknown guidance mode '{text}': choose all, first_three, interval:LOW:HIGH or power_cosine:POWER"),
+        _ => bail!(
+            "unknown guidance mode '{text}': choose all, first_three, interval:LOW:HIGH or power_cosine:POWER"
+        ),
     })
 }
 
@@ -176,7 +180,10 @@ mod tests {
 
     #[test]
     fn short_forms_of_guidance_and_samplers_are_read() {
-        assert_eq!(guidance_mode_named("interval:0.1:0.7").unwrap(), GuidanceMode::Interval { low: 0.1, high: 0.7 });
+        assert_eq!(
+            guidance_mode_named("interval:0.1:0.7").unwrap(),
+            GuidanceMode::Interval { low: 0.1, high: 0.7 }
+        );
         assert!(guidance_mode_named("interval:0.1").unwrap_err().to_string().contains("interval:LOW:HIGH"));
         assert_eq!(sampler_named("heun").unwrap(), Sampler::Heun);
         assert!(sampler_named("hoin").unwrap_err().to_string().contains("dpm_solver_2m"));

@@ -18,6 +18,11 @@ use crate::cli::Precision;
 
 /// Metadata key of weights files written here: the model's configuration as JSON.
 pub const CONFIG_KEY: &str = "anneal.model";
+/// The same for what the model was trained to predict, as a scheduler's configuration: without it a file would be
+/// sampled as the published weights are.
+pub const SCHEDULER_KEY: &str = "anneal.scheduler";
+
+const FLOW_SCHEDULER: &str = "FlowMatchEulerDiscreteScheduler";
 
 /// What a path names.
 pub enum Kind {
@@ -35,7 +40,7 @@ pub struct Source {
     pub objective: Objective,
     /// Of a run or checkpoint.
     pub recipe: Option<Recipe>,
-    /// Of a diffusers folder: its scheduler's configuration.
+    /// Of a diffusers folder, or a file written here: its scheduler's configuration.
     pub scheduler: Option<Value>,
     /// For people: what was opened.
     pub description: String,
@@ -129,15 +134,26 @@ fn open_weights(path: &Path, opening: &Opening) -> Result<Source> {
     let config = weights_config(&files, opening.heads)
         .with_context(|| format!("{} cannot be opened as a DiT", path.display()))?;
     let (model, store, warnings) = load(&config, opening, &files, original_keys)?;
-    let objective = published_objective(&config)?;
+    let scheduler: Option<Value> =
+        match files.metadata().get(SCHEDULER_KEY) {
+            Some(text) => Some(serde_json::from_str(text).with_context(|| {
+                format!("{}: its metadata {SCHEDULER_KEY} cannot be read", path.display())
+            })?),
+            None => None,
+        };
+    let objective = match &scheduler {
+        Some(scheduler) => scheduler_objective(scheduler, &config)?,
+        None => published_objective(&config)?,
+    };
     let description = path.display().to_string();
-    Ok(Source { model, store, objective, recipe: None, scheduler: None, description, warnings })
+    Ok(Source { model, store, objective, recipe: None, scheduler, description, warnings })
 }
 
 /// The configuration written beside the weights, or what their shapes say.
 pub fn weights_config(files: &TensorFiles, heads: Option<usize>) -> Result<DitConfig> {
     if let Some(text) = files.metadata().get(CONFIG_KEY) {
-        return serde_json::from_str(text).with_context(|| format!("its metadata {CONFIG_KEY} cannot be read"));
+        return serde_json::from_str(text)
+            .with_context(|| format!("its metadata {CONFIG_KEY} cannot be read"));
     }
     Ok(DitConfig::infer(|name| files.shape(name).map(<[usize]>::to_vec), heads)?)
 }
@@ -154,12 +170,15 @@ fn open_diffusers(path: &Path, opening: &Opening) -> Result<Source> {
     Ok(Source { model, store, objective, recipe: None, scheduler: Some(scheduler), description, warnings })
 }
 
+/// A model, its weights, and what was odd about them.
+type Loaded = (Arc<Dit>, Arc<dyn ParamStore>, Vec<String>);
+
 fn load(
     config: &DitConfig,
     opening: &Opening,
     files: &TensorFiles,
     keys: impl Fn(&Parameters) -> KeyMap,
-) -> Result<(Arc<Dit>, Arc<dyn ParamStore>, Vec<String>)> {
+) -> Result<Loaded> {
     let (model, parameters) = Dit::new(config)?;
     let map = keys(&parameters);
     let compute_dtype = match opening.precision {
@@ -183,14 +202,19 @@ fn published_objective(config: &DitConfig) -> Result<Objective> {
 fn scheduler_objective(scheduler: &Value, config: &DitConfig) -> Result<Objective> {
     let text = |key: &str, default: &str| scheduler[key].as_str().unwrap_or(default).to_owned();
     let steps = scheduler["num_train_timesteps"].as_u64().unwrap_or(1000) as usize;
-    if text("_class_name", "").starts_with("FlowMatch") {
+    if text("_class_name", "") == FLOW_SCHEDULER {
         return Ok(Objective::new(Process::Flow, Prediction::Flow, false, None)?);
+    }
+    if !scheduler["trained_betas"].is_null() {
+        bail!("the scheduler's trained_betas are not known here: give it a beta_schedule");
     }
     let end = |key: &str, default: f64| scheduler[key].as_f64().unwrap_or(default);
     let betas = match text("beta_schedule", "linear").as_str() {
         "linear" => BetaSchedule::Linear { start: end("beta_start", 1e-4), end: end("beta_end", 0.02) },
         "squaredcos_cap_v2" => BetaSchedule::SquaredCosine,
-        other => bail!("the scheduler's beta_schedule '{other}' is not known here: linear and squaredcos_cap_v2 are"),
+        other => bail!(
+            "the scheduler's beta_schedule '{other}' is not known here: linear and squaredcos_cap_v2 are"
+        ),
     };
     let prediction = match text("prediction_type", "epsilon").as_str() {
         "epsilon" => Prediction::Epsilon,
@@ -202,21 +226,26 @@ fn scheduler_objective(scheduler: &Value, config: &DitConfig) -> Result<Objectiv
     Ok(Objective::new(Process::Diffusion(schedule), prediction, config.learn_sigma, None)?)
 }
 
-/// The scheduler configuration that diffusers needs to sample a model of this objective.
-///
-/// # Errors
-/// For flow models: `DiTPipeline` cannot drive a flow scheduler.
+/// The scheduler configuration that stands for an objective, in diffusers' words. `DiTPipeline` can sample
+/// the gaussian ones of them.
 pub fn scheduler_config(objective: &Objective) -> Result<Value> {
     let Process::Diffusion(schedule) = objective.process() else {
-        bail!("a model trained by flow matching cannot be sampled by diffusers' DiTPipeline: use --to original");
+        return Ok(serde_json::json!({
+            "_class_name": FLOW_SCHEDULER,
+            "_diffusers_version": "0.30.0",
+            "num_train_timesteps": 1000,
+            "shift": 1.0,
+        }));
     };
-    let linear = BetaSchedule::Linear { start: 1e-4, end: 0.02 };
-    let is = |kind: BetaSchedule| schedule.betas == kind.betas(schedule.betas.len());
-    let (name, betas) = match () {
-        () if is(linear) => ("linear", Value::Null),
-        () if is(BetaSchedule::SquaredCosine) => ("squaredcos_cap_v2", Value::Null),
-        () => ("linear", schedule.betas.clone().into()),
+    let steps = schedule.training_steps;
+    let linear = BetaSchedule::linear(steps);
+    let is = |kind: BetaSchedule| schedule.betas == kind.betas(steps);
+    let name = match () {
+        () if is(linear) => "linear",
+        () if is(BetaSchedule::SquaredCosine) => "squaredcos_cap_v2",
+        () => bail!("this noise schedule has no name in diffusers' DDIMScheduler"),
     };
+    let BetaSchedule::Linear { start, end } = linear else { unreachable!("the linear schedule is linear") };
     let prediction = match objective.prediction() {
         Prediction::Epsilon => "epsilon",
         Prediction::V => "v_prediction",
@@ -226,15 +255,15 @@ pub fn scheduler_config(objective: &Objective) -> Result<Value> {
     Ok(serde_json::json!({
         "_class_name": "DDIMScheduler",
         "_diffusers_version": "0.30.0",
-        "beta_end": 0.02,
+        "beta_end": end,
         "beta_schedule": name,
-        "beta_start": 1e-4,
+        "beta_start": start,
         "clip_sample": false,
-        "num_train_timesteps": schedule.training_steps,
+        "num_train_timesteps": steps,
         "prediction_type": prediction,
         "set_alpha_to_one": true,
         "steps_offset": 0,
         "timestep_spacing": "leading",
-        "trained_betas": betas,
+        "trained_betas": null,
     }))
 }

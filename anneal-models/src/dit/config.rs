@@ -38,7 +38,8 @@ impl DitConfig {
     pub fn preset(name: &str) -> Result<Self, ModelError> {
         let unknown = || ModelError::UnknownPreset { name: name.into(), known: preset_names().join(", ") };
         let (size, patch) = name.split_once('/').ok_or_else(unknown)?;
-        let patch_size = ["2", "4", "8"].contains(&patch).then(|| patch.parse().unwrap_or(0)).ok_or_else(unknown)?;
+        let patch_size =
+            ["2", "4", "8"].contains(&patch).then(|| patch.parse().unwrap_or(0)).ok_or_else(unknown)?;
         let (_, depth, hidden_size, heads) =
             *PRESETS.iter().find(|(preset, ..)| *preset == size).ok_or_else(unknown)?;
         Ok(Self {
@@ -81,7 +82,9 @@ impl DitConfig {
             return fail(format!("image size {height}x{width} is not a multiple of the patch size {patch}"));
         }
         if !hidden.is_multiple_of(heads) || !hidden.is_multiple_of(4) {
-            return fail(format!("hidden size {hidden} must be a multiple of 4 and of the number of heads, {heads}"));
+            return fail(format!(
+                "hidden size {hidden} must be a multiple of 4 and of the number of heads, {heads}"
+            ));
         }
         if self.mlp_hidden_size() == 0 || self.frequency_shift > 1 {
             return fail("mlp_ratio must be positive and frequency_shift 0 or 1".into());
@@ -93,13 +96,16 @@ impl DitConfig {
     pub fn from_diffusers(config: &Value) -> Result<Self, ModelError> {
         let number = |key: &str, default: Option<usize>| {
             config.get(key).and_then(Value::as_u64).map(|value| value as usize).or(default).ok_or_else(|| {
-                ModelError::Configuration { message: format!("the transformer's config.json has no number '{key}'") }
+                ModelError::Configuration {
+                    message: format!("the transformer's config.json has no number '{key}'"),
+                }
             })
         };
         let class = config.get("_class_name").and_then(Value::as_str).unwrap_or("DiTTransformer2DModel");
         let norm = config.get("norm_type").and_then(Value::as_str).unwrap_or("ada_norm_zero");
         if class != "DiTTransformer2DModel" || norm != "ada_norm_zero" {
-            let message = format!("expected a DiTTransformer2DModel with ada_norm_zero, found {class} with {norm}");
+            let message =
+                format!("expected a DiTTransformer2DModel with ada_norm_zero, found {class} with {norm}");
             return Err(ModelError::Configuration { message });
         }
         let channels = number("in_channels", Some(4))?;
@@ -173,7 +179,10 @@ impl DitConfig {
 
     /// From the shapes of a checkpoint in the original layout. The number of heads cannot be seen in
     /// it: it is `heads`, or that of the preset of this hidden size.
-    pub fn infer(shape: impl Fn(&str) -> Option<Vec<usize>>, heads: Option<usize>) -> Result<Self, ModelError> {
+    pub fn infer(
+        shape: impl Fn(&str) -> Option<Vec<usize>>,
+        heads: Option<usize>,
+    ) -> Result<Self, ModelError> {
         let find = |name: &str, rank: usize| {
             shape(name).filter(|shape| shape.len() == rank).ok_or_else(|| ModelError::Configuration {
                 message: format!("not a DiT in its original layout: no tensor {name} of {rank} dimensions"),
@@ -186,7 +195,8 @@ impl DitConfig {
         let labels = find("y_embedder.embedding_table.weight", 2)?[0];
         let output = find("final_layer.linear.weight", 2)?[0] / (patch_size * patch_size).max(1);
         let hidden_mlp = find("blocks.0.mlp.fc1.weight", 2)?[0];
-        let depth = (0..).take_while(|block| shape(&format!("blocks.{block}.attn.qkv.weight")).is_some()).count();
+        let depth =
+            (0..).take_while(|block| shape(&format!("blocks.{block}.attn.qkv.weight")).is_some()).count();
         let preset = PRESETS.iter().find(|(_, _, hidden, _)| *hidden == hidden_size).map(|preset| preset.3);
         let heads = heads.or(preset).ok_or_else(|| ModelError::Configuration {
             message: format!(

@@ -21,7 +21,9 @@ pub fn diffusers_keys(config: &DitConfig, parameters: &Parameters) -> KeyMap {
 
 fn entry(config: &DitConfig, ours: &str) -> KeyEntry {
     let in_every_block = |tail: &str| KeyEntry {
-        homes: (0..config.depth).map(|block| vec![format!("transformer_blocks.{block}.norm1.emb.{tail}")]).collect(),
+        homes: (0..config.depth)
+            .map(|block| vec![format!("transformer_blocks.{block}.norm1.emb.{tail}")])
+            .collect(),
         ..KeyEntry::renamed(ours, "")
     };
     let (path, kind) = ours.rsplit_once('.').unwrap_or((ours, ""));

@@ -1,15 +1,15 @@
 //! The network (arXiv 2212.09748, section 3 and figure 3, adaLN-Zero).
 //!
-//! Letters: `b` batch, `n` patches, `d` hidden size. A block is `x += gate * part(LN(x) * (1 + scale)
-//! + shift)` for attention and for the feed-forward part. The norm that opens a part is computed
+//! Letters: `b` batch, `n` patches, `d` hidden size. A block is
+//! `x += gate * part(LN(x) * (1 + scale) + shift)`, for attention and for the feed-forward part. The norm that opens a part is computed
 //! together with the residual sum that closes the part before, across block boundaries; so the
 //! modulation of every block is computed ahead of the blocks, from the conditioning alone.
 
 use std::sync::Arc;
 
 use anneal_nn::{
-    Builder, FeedForward, Forward, Init, LabelEmbedding, Linear, ParamId, Parameters, PatchEmbedding, ScopeId,
-    SelfAttention, TimestepEmbedding, sincos_positions,
+    Builder, FeedForward, Forward, Init, LabelEmbedding, Linear, ParamId, Parameters, PatchEmbedding,
+    ScopeId, SelfAttention, TimestepEmbedding, sincos_positions,
 };
 use anneal_tensor::ops::{self, Activation};
 use anneal_tensor::{DType, Outputs, Result, Tensor, TensorError};
@@ -56,7 +56,8 @@ impl Dit {
         let mut builder = Builder::new();
         let (embedders, (patches, timesteps, labels, positions)) = builder.scope("embedders", |builder| {
             (
-                builder.at("x_embedder", |b| PatchEmbedding::new(b, config.channels, config.patch_size, size)),
+                builder
+                    .at("x_embedder", |b| PatchEmbedding::new(b, config.channels, config.patch_size, size)),
                 builder.at("t_embedder", |b| {
                     TimestepEmbedding::new(b, TIMESTEP_FEATURES, size, config.frequency_shift)
                 }),
@@ -64,7 +65,8 @@ impl Dit {
                 add_positions(builder, config),
             )
         });
-        let (modulation, modulations) = builder.scope("modulation", |builder| describe_modulations(builder, config));
+        let (modulation, modulations) =
+            builder.scope("modulation", |builder| describe_modulations(builder, config));
         let blocks = (0..config.depth)
             .map(|index| {
                 let name = format!("blocks.{index}");
@@ -162,7 +164,8 @@ impl Denoiser for Dit {
             let (own, next) = (&modulations[index], &modulations[index + 1]);
             let block = block.clone();
             let inputs = [&tokens, &normed, &own[2], &own[3], &own[4], &own[5], &next[0], &next[1]];
-            let outputs = forward.block(*scope, &inputs, move |forward, inputs| block.forward(forward, inputs))?;
+            let outputs =
+                forward.block(*scope, &inputs, move |forward, inputs| block.forward(forward, inputs))?;
             [tokens, normed] = <[Tensor; 2]>::try_from(outputs.into_vec()).expect("a block has two outputs");
         }
         drop(tokens);

@@ -71,6 +71,7 @@ pub(super) fn update(
 
 /// # Safety
 /// Nobody else touches the task's range while the slice lives.
+#[allow(clippy::mut_from_ref)]
 unsafe fn range<'a, T: Float>(tensor: &'a Tensor, task: &Task) -> &'a mut [T] {
     // SAFETY: the range lies within the chunk; sole use is the caller's promise.
     unsafe { std::slice::from_raw_parts_mut(tensor.pointer::<T>().add(task.start), task.elements) }

@@ -136,8 +136,7 @@ impl AdamW {
     pub fn step(&mut self, store: &dyn ParamStore, learning_rate: f64) -> Result<StepReport> {
         store.finish_gradients()?;
         let device = store.device().clone();
-        let chunks =
-            self.chunks.iter().map(|state| store.chunk(state.chunk)).collect::<Result<Vec<_>>>()?;
+        let chunks = self.chunks.iter().map(|state| store.chunk(state.chunk)).collect::<Result<Vec<_>>>()?;
         let squares = match &device {
             Device::Cpu(cpu) => cpu::squared_norm(&cpu.pool, &self.tasks, &chunks),
         };
@@ -182,7 +181,9 @@ impl AdamW {
     /// If the number of values is not the parameter's.
     pub fn write(&self, store: &dyn ParamStore, state: State, id: ParamId, values: &[f32]) -> Result<()> {
         match self.piece(store, state, id)? {
-            Some(piece) => ops::overwrite(&piece, &Tensor::from_slice(store.device(), values, &[values.len()])?),
+            Some(piece) => {
+                ops::overwrite(&piece, &Tensor::from_slice(store.device(), values, &[values.len()])?)
+            }
             None => Ok(()),
         }
     }

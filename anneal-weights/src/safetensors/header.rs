@@ -63,7 +63,7 @@ pub(super) fn read(
     let mut first = [0; LENGTH_BYTES as usize];
     read_at(&mut first, 0)?;
     let header_bytes = u64::from_le_bytes(first);
-    if header_bytes > LARGEST_HEADER || header_bytes < 2 {
+    if !(2..=LARGEST_HEADER).contains(&header_bytes) {
         return Err(Refusal::Foreign(format!("its first 8 bytes give a header of {header_bytes} bytes")));
     }
     let data_start = LENGTH_BYTES + header_bytes;

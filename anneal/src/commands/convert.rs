@@ -4,13 +4,15 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 
+use anneal_diffusion::Process;
 use anneal_models::dit::{diffusers_keys, original_keys};
 use anneal_tensor::Device;
 use anneal_weights::{DiffusersWriter, SaveOptions, StoredDType, Target};
 use anyhow::{Context, Result, bail};
+use serde_json::Value;
 
 use crate::cli::{Convert, Layout, Precision};
-use crate::source::{self, CONFIG_KEY, Opening, Source};
+use crate::source::{self, CONFIG_KEY, Opening, SCHEDULER_KEY, Source};
 
 pub fn convert(arguments: &Convert) -> Result<ExitCode> {
     let out = &arguments.out;
@@ -42,11 +44,25 @@ pub fn convert(arguments: &Convert) -> Result<ExitCode> {
 
 fn options(source: &Source, dtype: StoredDType) -> Result<SaveOptions> {
     let config = serde_json::to_string(source.model.config())?;
-    let metadata = BTreeMap::from([("format".into(), "pt".into()), (CONFIG_KEY.into(), config)]);
+    let scheduler = serde_json::to_string(&scheduler(source)?)?;
+    let metadata = BTreeMap::from([
+        ("format".into(), "pt".into()),
+        (CONFIG_KEY.into(), config),
+        (SCHEDULER_KEY.into(), scheduler),
+    ]);
     Ok(SaveOptions { dtype, metadata, ..SaveOptions::default() })
 }
 
+fn scheduler(source: &Source) -> Result<Value> {
+    source.scheduler.clone().map_or_else(|| source::scheduler_config(&source.objective), Ok)
+}
+
 fn write_diffusers(source: &Source, out: &Path, dtype: StoredDType) -> Result<()> {
+    if *source.objective.process() == Process::Flow {
+        bail!(
+            "a model trained by flow matching cannot be sampled by diffusers' DiTPipeline: use --to original"
+        );
+    }
     let config = source.model.config();
     if config.frequency_shift == 0 {
         eprintln!(
@@ -54,10 +70,7 @@ fn write_diffusers(source: &Source, out: &Path, dtype: StoredDType) -> Result<()
         );
     }
     let transformer = config.to_diffusers()?;
-    let scheduler = match &source.scheduler {
-        Some(scheduler) => scheduler.clone(),
-        None => source::scheduler_config(&source.objective)?,
-    };
+    let scheduler = scheduler(source)?;
     let mut writer = DiffusersWriter::create(out, "DiTPipeline")?;
     let folder = writer.component("transformer", "diffusers", "DiTTransformer2DModel", &transformer)?;
     let keys = diffusers_keys(config, source.store.parameters());

@@ -46,14 +46,20 @@ fn of_checkpoint(checkpoint: &Checkpoint) -> Result<Facts> {
     let cursor = saved.cursor;
     let lines = vec![
         ("checkpoint".into(), checkpoint.path().display().to_string()),
-        ("step".into(), format!("{} ({} optimizer steps, {} skipped)", saved.step, saved.optimizer_steps, saved.skipped)),
+        (
+            "step".into(),
+            format!("{} ({} optimizer steps, {} skipped)", saved.step, saved.optimizer_steps, saved.skipped),
+        ),
         ("data".into(), format!("epoch {}, sample {} of {}", cursor.epoch, cursor.position, cursor.samples)),
         ("written by".into(), manifest.writer.clone()),
     ];
-    let files = manifest.files.iter().map(|file| (file.name.clone(), file.bytes, file.sha256.clone())).collect();
+    let files =
+        manifest.files.iter().map(|file| (file.name.clone(), file.bytes, file.sha256.clone())).collect();
     let groups = checkpoint.groups();
-    let tensors =
-        groups.iter().map(|group| Ok(((*group).to_owned(), checkpoint.tensors(group)?))).collect::<Result<_>>()?;
+    let tensors = groups
+        .iter()
+        .map(|group| Ok(((*group).to_owned(), checkpoint.tensors(group)?)))
+        .collect::<Result<_>>()?;
     Ok(Facts { lines, files, tensors, model: Some(saved.model) })
 }
 
@@ -61,7 +67,8 @@ fn of_weights(files: TensorFiles) -> Result<Facts> {
     let model = source::weights_config(&files, None).ok();
     let mut lines: Vec<(String, String)> =
         files.paths().iter().map(|path| ("weights".into(), path.display().to_string())).collect();
-    let shown = files.metadata().iter().filter(|(key, _)| key.as_str() != source::CONFIG_KEY);
+    let own = [source::CONFIG_KEY, source::SCHEDULER_KEY];
+    let shown = files.metadata().iter().filter(|(key, _)| !own.contains(&key.as_str()));
     lines.extend(shown.map(|(key, value)| (format!("metadata {key}"), value.clone())));
     let hashed = files.paths().iter().map(|path| hash(path)).collect::<Result<_>>()?;
     Ok(Facts { lines, files: hashed, tensors: vec![(String::new(), files)], model })
@@ -104,7 +111,10 @@ fn print(facts: &Facts, list_tensors: bool) {
     for (group, tensors) in &facts.tensors {
         let elements: usize = tensors.names().filter_map(|name| Some(tensors.spec(name)?.elements())).sum();
         let name = if group.is_empty() { "tensors" } else { group };
-        table.row([name.to_owned(), format!("{} tensors, {} numbers", tensors.len(), summary::count(elements as u64))]);
+        table.row([
+            name.to_owned(),
+            format!("{} tensors, {} numbers", tensors.len(), summary::count(elements as u64)),
+        ]);
     }
     println!("{table}");
     let mut table = Table::new([("file", Align::Left), ("size", Align::Right), ("sha-256", Align::Left)]);

@@ -35,8 +35,12 @@ pub fn sample(arguments: &Sample) -> Result<ExitCode> {
     let out = arguments.out.clone().unwrap_or_else(|| PathBuf::from("samples.png"));
     output::check(&out)?;
     let device = Device::parse(&arguments.device, None)?;
-    let opening =
-        Opening { ema: arguments.ema.as_deref(), heads: arguments.heads, precision: arguments.precision, device };
+    let opening = Opening {
+        ema: arguments.ema.as_deref(),
+        heads: arguments.heads,
+        precision: arguments.precision,
+        device,
+    };
     let source = source::open(&arguments.source, &opening)?;
     for warning in &source.warnings {
         eprintln!("warning: {warning}");
@@ -65,11 +69,15 @@ pub fn draw(source: &Source, drawing: &Drawing, out: &Path) -> Result<()> {
         guidance,
         batch: drawing.batch,
     };
-    let pipeline =
-        Pipeline { model: source.model.clone(), store: source.store.clone(), objective: source.objective.clone() };
+    let pipeline = Pipeline {
+        model: source.model.clone(),
+        store: source.store.clone(),
+        objective: source.objective.clone(),
+    };
     let mut progress: Option<(Progress, usize)> = None;
     let samples = pipeline.sample(&request, &mut |done, all| {
-        let (bar, shown) = progress.get_or_insert_with(|| (Progress::new(Show::Auto, "sampling", Some(all as u64)), 0));
+        let (bar, shown) =
+            progress.get_or_insert_with(|| (Progress::new(Show::Auto, "sampling", Some(all as u64)), 0));
         bar.add((done - *shown) as u64);
         *shown = done;
         ControlFlow::Continue(())
@@ -141,6 +149,7 @@ fn read_latents(path: &Path) -> Result<Latents> {
     }
     match file.take("labels")?.into_values() {
         Values::I64(labels) => Ok((Some(latents), Some(labels))),
-        _ => Err(anyhow::anyhow!("expected i64")).with_context(|| format!("{}: the array `labels`", path.display())),
+        _ => Err(anyhow::anyhow!("expected i64"))
+            .with_context(|| format!("{}: the array `labels`", path.display())),
     }
 }

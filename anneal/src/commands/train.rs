@@ -31,7 +31,7 @@ pub fn train(arguments: &Train) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let (report, code) = run_recipe(&recipe, arguments.quiet, false)?;
-    print_report(&recipe, &report, &format!("anneal train {}", arguments.recipe.display()));
+    print_report(&recipe, &report);
     Ok(code)
 }
 
@@ -44,7 +44,7 @@ pub fn resume(arguments: &Resume) -> Result<ExitCode> {
     overrides.push(format!("output={}", serde_json::to_string(&arguments.run)?));
     let recipe = Recipe::load(&path, &overrides)?;
     let (report, code) = run_recipe(&recipe, arguments.quiet, !arguments.overrides.is_empty())?;
-    print_report(&recipe, &report, &format!("anneal resume {}", arguments.run.display()));
+    print_report(&recipe, &report);
     Ok(code)
 }
 
@@ -56,7 +56,7 @@ pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
     overrides.extend(arguments.overrides.iter().cloned());
     let recipe = Recipe::from_yaml(DIGITS, "recipes/digits.yaml", &overrides)?;
     let (report, code) = run_recipe(&recipe, false, false)?;
-    print_report(&recipe, &report, "anneal quickstart");
+    print_report(&recipe, &report);
     if report.stopped {
         return Ok(code);
     }
@@ -86,7 +86,8 @@ fn run_recipe(recipe: &Recipe, quiet: bool, changed_recipe: bool) -> Result<(Run
     let (stop, signal) = catch_signals()?;
     let (model, _) = Dit::new(&settings::model_config(recipe)?)?;
     let model = Arc::new(model);
-    let preview = |store| sampling::preview(recipe, model.clone(), store).map_err(|error| format!("{error:#}"));
+    let preview =
+        |store| sampling::preview(recipe, model.clone(), store).map_err(|error| format!("{error:#}"));
     let show = if quiet { Show::Nothing } else { Show::Auto };
     let report = run::run(recipe, &RunOptions { show, stop, preview: &preview, changed_recipe })?;
     let code = match signal.load(Ordering::Relaxed) {
@@ -110,11 +111,27 @@ fn catch_signals() -> Result<(Arc<AtomicBool>, Arc<AtomicUsize>)> {
     Ok((stop, which))
 }
 
-fn print_report(recipe: &Recipe, report: &RunReport, command: &str) {
+/// The command that this process was started with, ready to be pasted: it also names the changes to the recipe.
+fn this_command() -> String {
+    let is_plain = |text: &str| {
+        !text.is_empty()
+            && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_./=:,+@%".contains(&byte))
+    };
+    let quoted =
+        |text: String| if is_plain(&text) { text } else { format!("'{}'", text.replace('\'', r"'\''")) };
+    let arguments =
+        std::env::args_os().skip(1).map(|argument| quoted(argument.to_string_lossy().into_owned()));
+    std::iter::once("anneal".to_owned()).chain(arguments).collect::<Vec<_>>().join(" ")
+}
+
+fn print_report(recipe: &Recipe, report: &RunReport) {
     let folder = report.folder.display();
     if report.stopped {
-        println!("stopped after step {} of {}; a checkpoint is saved in {folder}", report.steps, recipe.train.steps);
-        println!("continue with: {command}");
+        println!(
+            "stopped after step {} of {}; a checkpoint is saved in {folder}",
+            report.steps, recipe.train.steps
+        );
+        println!("continue with: {}", this_command());
         return;
     }
     let Some(loss) = report.last_loss else {

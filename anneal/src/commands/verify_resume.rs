@@ -28,13 +28,15 @@ pub fn verify_resume(arguments: &VerifyResume) -> Result<ExitCode> {
     let scratch = tempfile::tempdir().context("no temporary folder for the checkpoint")?;
     let (model, _) = Dit::new(&settings::model_config(&recipe)?)?;
     let model = Arc::new(model);
-    let preview = |store| sampling::preview(&recipe, model.clone(), store).map_err(|error| format!("{error:#}"));
+    let preview =
+        |store| sampling::preview(&recipe, model.clone(), store).map_err(|error| format!("{error:#}"));
     println!(
         "{}: {} steps without a stop, against a stop after step {} with other numbers of workers and threads",
         recipe.name, options.steps, options.stop_at
     );
     let comparisons = verify(&recipe, options, scratch.path(), &preview)?;
-    let mut table = Table::new([("compared", Align::Left), ("numbers", Align::Right), ("different bits", Align::Right)]);
+    let mut table =
+        Table::new([("compared", Align::Left), ("numbers", Align::Right), ("different bits", Align::Right)]);
     for comparison in &comparisons {
         let different = match &comparison.first {
             None => "none".to_owned(),

@@ -81,13 +81,14 @@ fn every_bit_comes_back() {
         .unwrap();
     writer
         .group("ema-0.9999", &mixed, |index, sink| -> Result<(), CheckpointError> {
-            Ok(match index {
+            match index {
                 0 => sink.f32(&[1.0, 1.005, -2.0])?,
                 1 => sink.bytes(&[(-5_i64).to_le_bytes(), 7_i64.to_le_bytes()].concat())?,
                 2 => sink.bytes(b"12345")?,
                 3 => sink.f32(&[])?,
                 _ => sink.f32(&[0.5])?,
-            })
+            }
+            Ok(())
         })
         .unwrap();
     writer.commit(state.clone()).unwrap();

@@ -38,7 +38,8 @@ pub fn data(arguments: &BenchData) -> Result<()> {
             }
         }
     }
-    let [own, ready] = times.map(|times| (median(&times) * 1e3, times.iter().sum::<f64>() / times.len() as f64 * 1e3));
+    let [own, ready] =
+        times.map(|times| (median(&times) * 1e3, times.iter().sum::<f64>() / times.len() as f64 * 1e3));
     let batch = recipe.train.batch as f64;
     let rate = |milliseconds: f64| batch / milliseconds * 1e3;
     if arguments.json {

@@ -80,7 +80,10 @@ impl Measured {
         let mut table = Table::new([("measured", Align::Left), (&self.what, Align::Left)]);
         table.row(["median".to_owned(), format!("{median_ms:.2} ms")]);
         let (low, high) = (spread(f64::min, f64::INFINITY), spread(f64::max, 0.0));
-        table.row(["range".to_owned(), format!("{low:.2} to {high:.2} ms over {} runs", self.milliseconds.len())]);
+        table.row([
+            "range".to_owned(),
+            format!("{low:.2} to {high:.2} ms over {} runs", self.milliseconds.len()),
+        ]);
         table.row(["images/s".to_owned(), format!("{images_per_second:.2}")]);
         table.row(["peak memory".to_owned(), summary::bytes(self.peak_bytes as u64)]);
         print!("{table}");

@@ -38,8 +38,11 @@ pub fn config(arguments: &BenchModel) -> Result<DitConfig> {
 }
 
 pub fn name(config: &DitConfig, batch: usize) -> String {
-    let DitConfig { hidden_size, depth, heads, patch_size, channels, image_size: [height, width], .. } = config;
-    format!("DiT {hidden_size}x{depth}, {heads} heads, patch {patch_size}, {channels}x{height}x{width}, batch {batch}")
+    let DitConfig { hidden_size, depth, heads, patch_size, channels, image_size: [height, width], .. } =
+        config;
+    format!(
+        "DiT {hidden_size}x{depth}, {heads} heads, patch {patch_size}, {channels}x{height}x{width}, batch {batch}"
+    )
 }
 
 /// Operations of one forward pass of one image: every linear layer, and attention.
@@ -167,7 +170,10 @@ pub fn block(arguments: &BenchModel) -> Result<()> {
         Ok(())
     })?;
     Measured {
-        what: format!("forward and backward of one block with embedders and output, {}", name(&config, arguments.batch)),
+        what: format!(
+            "forward and backward of one block with embedders and output, {}",
+            name(&config, arguments.batch)
+        ),
         milliseconds,
         images: arguments.batch,
         peak_bytes: evaluated.store.device().memory().peak_total,

@@ -12,12 +12,14 @@ use crate::cli::{BenchModel, Precision};
 
 const EPSILON: f32 = 1e-6;
 
+type Run = Box<dyn Fn(&[Tensor]) -> Result<Outputs>>;
+
 /// An op with the shapes of its inputs and the multiply-adds of its forward.
 struct Case {
     name: &'static str,
     inputs: Vec<Vec<usize>>,
     products: f64,
-    run: Box<dyn Fn(&[Tensor]) -> Result<Outputs>>,
+    run: Run,
 }
 
 pub fn ops(arguments: &BenchModel) -> anyhow::Result<()> {
@@ -38,7 +40,13 @@ pub fn ops(arguments: &BenchModel) -> anyhow::Result<()> {
         let rates = [rate(1.0, forward), rate(2.0, backward)];
         let shown = |rate: f64| if case.products == 0.0 { "-".to_owned() } else { format!("{rate:.0}") };
         let times = [format!("{forward:.3}"), format!("{backward:.3}")];
-        table.row([case.name.to_owned(), times[0].clone(), times[1].clone(), shown(rates[0]), shown(rates[1])]);
+        table.row([
+            case.name.to_owned(),
+            times[0].clone(),
+            times[1].clone(),
+            shown(rates[0]),
+            shown(rates[1]),
+        ]);
         rows.push(json!({"op": case.name, "forward_ms": forward, "backward_ms": backward}));
     }
     if arguments.json {
@@ -88,7 +96,9 @@ fn cases(config: &DitConfig, batch: usize) -> Vec<Case> {
         name,
         inputs: vec![x.clone(), vec![outputs, size], vec![outputs]],
         products: products(outputs, size),
-        run: Box::new(|t| Ok([ops::linear(&t[0], &t[1], Some(&t[2]), Activation::None)?].into_iter().collect())),
+        run: Box::new(|t| {
+            Ok([ops::linear(&t[0], &t[1], Some(&t[2]), Activation::None)?].into_iter().collect())
+        }),
     };
     vec![
         Case {

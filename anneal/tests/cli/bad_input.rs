@@ -1,0 +1,102 @@
+//! Wrong recipes and wrong command lines: the line that a person gets, and the exit code.
+
+use crate::harness::{Folder, TINY};
+
+#[test]
+fn an_unknown_key_gets_the_nearest_name() {
+    let folder = Folder::new();
+    folder
+        .train("run", &["optim.learning_rat=1"])
+        .fails(&["unknown key 'optim.learning_rat' on the command line", "did you mean 'optim.lr'?"]);
+    folder.write("wrong.yaml", TINY.replace("steps: 6", "stepps: 6").as_bytes());
+    folder
+        .anneal(&["train", "wrong.yaml"])
+        .fails(&["unknown key 'train.stepps' in wrong.yaml, line 6", "did you mean 'train.steps'?"]);
+    assert!(
+        folder.names("run").is_empty() && folder.names("runs").is_empty(),
+        "a wrong recipe leaves no folder"
+    );
+}
+
+#[test]
+fn a_wrong_type_is_named_with_what_is_expected() {
+    let folder = Folder::new();
+    folder.train("run", &["train.steps=many"]).fails(&[
+        "wrong value for 'train.steps' on the command line",
+        "found the text \"many\", expected a whole number",
+    ]);
+    folder.write("wrong.yaml", TINY.replace("lr: 1e-3", "lr: [1]").as_bytes());
+    folder.anneal(&["train", "wrong.yaml"]).fails(&["wrong value for 'optim.lr' in wrong.yaml, line 4"]);
+    folder.train("run", &["diffusion.target=noise"]).fails(&["unknown value 'noise' for 'diffusion.target'"]);
+    folder.write("wrong.yaml", b"model: {hidden_size: 16");
+    folder.anneal(&["train", "wrong.yaml"]).fails(&["wrong.yaml is not valid YAML"]);
+}
+
+#[test]
+fn missing_files_are_named_once() {
+    let folder = Folder::new();
+    let missing = folder.anneal(&["train", "nowhere.yaml"]).fails(&["cannot read the recipe nowhere.yaml"]);
+    assert_eq!(missing.err.matches("No such file").count(), 1, "{missing:#?}");
+    folder
+        .train("run", &["data.kind=image_folder", "data.path=nowhere"])
+        .fails(&["nowhere: no such file or folder"]);
+    folder.train("run", &["data.kind=image_folder"]).fails(&["data.path is missing"]);
+    folder.anneal(&["sample", "nowhere"]).fails(&["nowhere does not exist"]);
+    folder.anneal(&["inspect", "nowhere"]).fails(&["nowhere does not exist"]);
+    folder.anneal(&["resume", "nowhere"]).fails(&["nowhere is no run folder", "recipe.yaml"]);
+}
+
+#[test]
+fn a_wrong_command_line_has_exit_code_2() {
+    let folder = Folder::new();
+    folder.anneal(&["train"]).ends(2, &["<RECIPE>", "Usage: anneal train"]);
+    folder.anneal(&["trian"]).ends(2, &["unrecognized subcommand 'trian'", "train"]);
+    folder.anneal(&["sample", "run", "--nmu", "3"]).ends(2, &["unexpected argument '--nmu'", "--num"]);
+    folder.anneal(&["sample", "run", "--num", "few"]).ends(2, &["invalid value 'few' for '--num"]);
+    folder.anneal(&["convert", "run", "out", "--to", "onnx"]).ends(2, &["diffusers, original"]);
+    folder.anneal(&[]).ends(2, &["Usage: anneal"]);
+}
+
+#[test]
+fn shapes_that_contradict_each_other_are_both_named() {
+    let folder = Folder::new();
+    folder.train("run", &["model.channels=3"]).fails(&["8x8 with 3 channels", "digits are 8x8 with 1"]);
+    folder
+        .train("run", &["model.image_size=16", "data.image_size=8"])
+        .fails(&["data.image_size is 8x8, but model.image_size is 16x16"]);
+    folder.train("run", &["model.heads=3"]).fails(&["heads"]);
+    folder.train("run", &["train.accumulate=3"]).fails(&["accumulate", "batch"]);
+    folder.train("run", &["device=gpu"]).fails(&["unknown device 'gpu'", "cpu:THREADS"]);
+}
+
+#[test]
+fn impossible_samples_are_refused_before_any_work() {
+    let folder = Folder::new();
+    folder.train("run", &[]).succeeds(&[]);
+    let sample = |arguments: &[&str]| folder.anneal(&[&["sample", "run"], arguments].concat());
+    sample(&["--sampler", "hoin"]).fails(&["unknown sampler 'hoin'", "dpm_solver_2m", "heun"]);
+    sample(&["--class", "10"]).fails(&["class 10 does not exist: this model knows 0 to 9"]);
+    sample(&["--class", "1,x"]).fails(&["'x' is no class"]);
+    sample(&["--out", "x.gif"]).fails(&["--out x.gif", ".png, .npz", "not .gif"]);
+    sample(&["--num", "0"]).fails(&["--num must be at least 1"]);
+    sample(&["--steps", "0"]).fails(&["0 steps", "1 to 1000"]);
+    sample(&["--ema", "0.5"]).fails(&["this run keeps the averages [0.9]"]);
+    sample(&["--guidance-mode", "intervall:0:1"]).fails(&["unknown guidance mode", "interval:LOW:HIGH"]);
+    sample(&["--sampler", "flow_euler"]).fails(&["flow_euler", "flow matching"]);
+    sample(&["--device", "gpu"]).fails(&["unknown device 'gpu'"]);
+    sample(&["--latents", "nowhere.npz"]).fails(&["nowhere.npz"]);
+    assert!(folder.names("samples.png").is_empty() && !folder.path("samples.png").exists());
+}
+
+#[test]
+fn conversion_never_writes_over_anything() {
+    let folder = Folder::new();
+    folder.train("run", &[]).succeeds(&[]);
+    folder.write("there/note", b"mine");
+    folder.write("there.safetensors", b"mine");
+    folder.anneal(&["convert", "run", "there", "--to", "diffusers"]).fails(&["there exists already"]);
+    folder.anneal(&["convert", "run", "there.safetensors", "--to", "original"]).fails(&["exists already"]);
+    folder.anneal(&["convert", "run", "new.bin", "--to", "original"]).fails(&["ends in .safetensors"]);
+    assert_eq!(folder.names("there"), ["note"]);
+    assert_eq!(folder.read("there.safetensors"), b"mine");
+}

@@ -1,0 +1,155 @@
+//! The commands around training: help, plans, inspection, the quick start, measurements.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::harness::{Folder, Outcome};
+
+const COMMANDS: [&str; 10] = [
+    "quickstart",
+    "train",
+    "resume",
+    "sample",
+    "verify-resume",
+    "inspect",
+    "convert",
+    "doctor",
+    "bench",
+    "completions",
+];
+
+fn json(outcome: &Outcome) -> Value {
+    serde_json::from_str(&outcome.out).unwrap_or_else(|error| panic!("{error} in {outcome:#?}"))
+}
+
+#[test]
+fn every_command_has_help_with_examples() {
+    let folder = Folder::new();
+    let all = folder.anneal(&["--help"]).succeeds(&["anneal quickstart"]);
+    for command in COMMANDS {
+        assert!(all.out.contains(&format!("\n  {command} ")), "{command} is missing in {}", all.out);
+        let help = folder.anneal(&[command, "--help"]).succeeds(&[&format!("Usage: anneal {command}")]);
+        let (_, examples) =
+            help.out.split_once("Example").unwrap_or_else(|| panic!("{command} has no examples"));
+        assert!(examples.contains(&format!("\n  anneal {command}")), "{examples}");
+    }
+    folder.anneal(&["--version"]).succeeds(&["anneal ", env!("CARGO_PKG_VERSION")]);
+}
+
+/// The examples are commands that the parser takes: only files may be missing.
+#[test]
+fn the_examples_are_commands() {
+    let folder = Folder::new();
+    for command in ["train", "resume", "sample", "inspect", "convert", "verify-resume"] {
+        let help = folder.anneal(&[command, "--help"]);
+        for example in help.out.lines().filter_map(|line| line.strip_prefix("  anneal ")) {
+            let words: Vec<&str> = example.split("   ").next().unwrap().split_whitespace().collect();
+            folder.anneal(&words).ends(1, &["error: "]);
+        }
+    }
+}
+
+#[test]
+fn the_shipped_recipes_make_plans() {
+    let recipes = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes");
+    let folder = Folder::new();
+    let mut count = 0;
+    for entry in std::fs::read_dir(recipes).unwrap() {
+        let path = entry.unwrap().path();
+        let plan = folder.anneal(&["train", path.to_str().unwrap(), "--plan"]);
+        plan.succeeds(&["parameters", "training", "device"]);
+        count += 1;
+    }
+    assert!(count >= 4, "{count} recipes");
+    assert_eq!(folder.names("."), ["tiny.yaml"], "a plan writes nothing");
+}
+
+#[test]
+fn a_run_folder_holds_what_the_manual_says() {
+    let folder = Folder::new();
+    let trained =
+        folder.anneal(&["train", "tiny.yaml", "sample.every=3"]).succeeds(&["run folder: runs/tiny"]);
+    assert!(
+        trained.err.contains("predicted memory") || trained.out.contains("predicted memory"),
+        "{trained:#?}"
+    );
+    let names = folder.names("runs/tiny");
+    for name in ["checkpoints", "loss.png", "metrics.jsonl", "plan.txt", "recipe.yaml", "samples"] {
+        assert!(names.iter().any(|there| there == name), "{name} is missing in {names:?}");
+    }
+    assert!(names.iter().any(|name| name.starts_with("events.out.tfevents.")), "{names:?}");
+    let first: Value =
+        serde_json::from_str(folder.text("runs/tiny/metrics.jsonl").lines().next().unwrap()).unwrap();
+    for key in ["step", "loss", "grad_norm", "lr", "images_per_second", "memory_bytes"] {
+        assert!(first[key].is_number(), "{key} in {first}");
+    }
+    assert_eq!(folder.names("runs/tiny/samples"), ["step-00000003.png", "step-00000006.png"]);
+}
+
+#[test]
+fn the_quick_start_draws_samples() {
+    let folder = Folder::new();
+    let changes =
+        ["train.steps=4", "model.depth=1", "model.hidden_size=16", "train.batch=8", "sample.steps=4"];
+    let start = ["quickstart", "--output", "runs/mine", "--device", "cpu:2"];
+    let started = folder.anneal(&[&start[..], &changes].concat());
+    started.succeeds(&["Samples: runs/mine/samples.png", "anneal sample runs/mine --class 3"]);
+    image::open(folder.path("runs/mine/samples.png")).unwrap();
+    folder.anneal(&[&start[..], &changes].concat()).succeeds(&["already complete at step 4"]);
+}
+
+#[test]
+fn inspection_shows_tensors_sizes_and_hashes() {
+    let folder = Folder::new();
+    folder.train("run", &[]).succeeds(&[]);
+    folder.anneal(&["convert", "run", "dit.safetensors", "--to", "original"]).succeeds(&[]);
+    folder.anneal(&["convert", "run", "exported", "--to", "diffusers"]).succeeds(&[]);
+    for source in ["run", "run/checkpoints/step-00000004", "dit.safetensors", "exported"] {
+        let facts = json(&folder.anneal(&["inspect", source, "--json"]).succeeds(&[]));
+        assert_eq!(facts["model"]["hidden_size"], 16, "{source}");
+        let files = facts["files"].as_array().unwrap();
+        assert!(
+            files.iter().all(|file| file["sha256"].as_str().unwrap().len() == 64 && file["bytes"].is_u64())
+        );
+        let tensors = facts["tensors"].as_array().unwrap();
+        assert!(!files.is_empty() && tensors.len() > 20, "{source}: {} tensors", tensors.len());
+        assert!(tensors.iter().all(|tensor| tensor["shape"].is_array() && tensor["dtype"] == "F32"));
+        folder.anneal(&["inspect", source]).succeeds(&["width 16, depth 1, 2 heads", "sha-256"]);
+    }
+    let listed = folder.anneal(&["inspect", "run", "--tensors"]);
+    listed.succeeds(&["step", "6 (6 optimizer steps, 0 skipped)", "optimizer/second.", "ema-0.9/"]);
+}
+
+#[test]
+fn completions_are_printed_for_every_shell() {
+    let folder = Folder::new();
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        folder.anneal(&["completions", shell]).succeeds(&["anneal", "verify-resume", "--guidance"]);
+    }
+    folder.anneal(&["completions", "cmd"]).ends(2, &["invalid value 'cmd'", "bash"]);
+}
+
+#[test]
+fn the_doctor_reports() {
+    let folder = Folder::new();
+    folder.anneal(&["doctor"]).succeeds(&["cpu"]);
+    assert!(json(&folder.anneal(&["doctor", "--json"]).succeeds(&[])).is_object());
+}
+
+#[test]
+fn every_measurement_ends_in_numbers() {
+    let folder = Folder::new();
+    let model =
+        "--hidden 16 --depth 1 --heads 2 --patch 2 --image-size 8 --channels 1 --classes 10 --batch 2";
+    let few = "--steps 1 --warmup 0 --json";
+    for what in ["op", "block", "step", "sample"] {
+        let line = format!("bench {what} {model} {few}");
+        let outcome = folder.anneal(&line.split(' ').collect::<Vec<_>>()).succeeds(&[]);
+        assert!(outcome.out.chars().any(|letter| letter.is_ascii_digit()));
+        json(&outcome);
+    }
+    let data = folder.anneal(&["bench", "data", "tiny.yaml", "--batches", "3", "--json"]).succeeds(&[]);
+    json(&data);
+    folder.anneal(&["bench", "step", "--model", "DiT-Q/3"]).fails(&["DiT-Q/3"]);
+}

@@ -1,0 +1,163 @@
+//! A run that was stopped, however it was, ends with the bits of one that was not.
+
+use std::os::unix::process::ExitStatusExt;
+
+use serde_json::Value;
+
+use crate::harness::{Folder, TINY};
+
+/// Long enough to be stopped in the middle; each checkpoint stays.
+const LONG: [&str; 4] =
+    ["train.steps=400", "train.checkpoint.every=40", "train.checkpoint.keep_last=100", "sample.every=200"];
+const LAST: u64 = 400;
+const FIRST_CHECKPOINT: &str = "run/checkpoints/step-00000040";
+
+/// Files and hashes of a checkpoint, and where its data stood.
+fn checkpoint(folder: &Folder, run: &str, step: u64) -> (Value, Value) {
+    let manifest = folder.text(&format!("{run}/checkpoints/step-{step:08}/manifest.json"));
+    let manifest: Value = serde_json::from_str(&manifest).unwrap();
+    (manifest["files"].clone(), manifest["state"]["cursor"].clone())
+}
+
+/// Weights, optimizer and averages have the same hashes, and the data stands at the same place.
+#[track_caller]
+pub fn assert_same_checkpoint(folder: &Folder, expected: &str, run: &str, step: u64) {
+    let (files, cursor) = checkpoint(folder, expected, step);
+    let groups: Vec<&str> =
+        files.as_array().unwrap().iter().map(|file| file["group"].as_str().unwrap()).collect();
+    assert!(groups.starts_with(&["weights", "optimizer"]) && groups.len() > 2, "{groups:?}");
+    assert_eq!((files, cursor), checkpoint(folder, run, step), "{expected} and {run}");
+}
+
+/// What a step did, without how long it took.
+fn steps(folder: &Folder, run: &str) -> Vec<[Value; 5]> {
+    let line = |line: &str| {
+        let line: Value = serde_json::from_str(line).unwrap();
+        ["step", "loss", "grad_norm", "lr", "nonfinite_skipped"].map(|key| line[key].clone())
+    };
+    folder.text(&format!("{run}/metrics.jsonl")).lines().map(line).collect()
+}
+
+#[track_caller]
+fn assert_same_run(folder: &Folder, expected: &str, run: &str, last: u64) {
+    assert_same_checkpoint(folder, expected, run, last);
+    let (expected_steps, steps) = (steps(folder, expected), steps(folder, run));
+    let numbers: Vec<u64> = steps.iter().map(|step| step[0].as_u64().unwrap()).collect();
+    assert_eq!(numbers, (1..=last).collect::<Vec<u64>>(), "every step once");
+    assert_eq!(expected_steps, steps);
+}
+
+#[track_caller]
+fn assert_same_grids(folder: &Folder, expected: &str, run: &str) {
+    let names = folder.names(&format!("{expected}/samples"));
+    assert_eq!(names, ["step-00000200.png", "step-00000400.png"]);
+    for name in names {
+        let grid = |run: &str| folder.read(&format!("{run}/samples/{name}"));
+        assert!(grid(expected) == grid(run), "{name} of {expected} and {run}");
+    }
+}
+
+#[test]
+fn a_killed_run_continues_with_the_same_bits() {
+    let folder = Folder::new();
+    folder.train("whole", &LONG).succeeds(&["trained 400 steps"]);
+    for _ in 0..2 {
+        let seen = folder.names("run/checkpoints").len();
+        let next = format!("run/checkpoints/step-{:08}", 40 * (seen + 1));
+        let mut running = folder.spawn_train("run", &LONG);
+        running.wait_for(&folder.path(&next));
+        running.signal("KILL");
+        assert_eq!(running.finish().status.signal(), Some(9), "it must be stopped in the middle");
+    }
+    folder.train("run", &LONG).succeeds(&["trained 400 steps"]);
+    assert_same_run(&folder, "whole", "run", LAST);
+    assert_same_grids(&folder, "whole", "run");
+    assert!(
+        folder.names("run/checkpoints").iter().all(|name| name.starts_with("step-")),
+        "nothing half written"
+    );
+}
+
+#[test]
+fn a_signal_saves_a_checkpoint_and_says_how_to_continue() {
+    let folder = Folder::new();
+    folder.train("whole", &LONG).succeeds(&[]);
+    for (signal, code) in [("INT", 130), ("TERM", 143)] {
+        let mut running = folder.spawn_train("run", &LONG);
+        running.wait_for(&folder.path(FIRST_CHECKPOINT));
+        running.signal(signal);
+        let stopped = running.finish();
+        let stopped = stopped.ends(
+            code,
+            &[
+                "stopped after step ",
+                " of 400; a checkpoint is saved in run",
+                "continue with: anneal train tiny.yaml --quiet output=run train.steps=400",
+            ],
+        );
+        let step = stopped.out.split("after step ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+        let step: u64 = step.parse().unwrap();
+        assert!(step < LAST, "it must be stopped in the middle");
+        assert!(
+            folder.path(&format!("run/checkpoints/step-{step:08}")).is_dir(),
+            "no checkpoint of step {step}"
+        );
+    }
+    folder.anneal(&["resume", "run", "--quiet"]).succeeds(&["trained 400 steps"]);
+    assert_same_run(&folder, "whole", "run", LAST);
+}
+
+#[test]
+fn workers_threads_and_chunks_do_not_change_a_bit() {
+    let folder = Folder::new();
+    let steps = ["train.steps=30", "data.flip=true"];
+    folder.train("run", &steps).succeeds(&[]);
+    let others: [(&str, &[&str]); 5] = [
+        ("no-workers", &["data.workers=0"]),
+        ("four-workers", &["data.workers=4", "data.prefetch=7"]),
+        ("one-thread", &["device=cpu:1"]),
+        ("three-threads", &["device=cpu:3"]),
+        ("no-activations", &["model.checkpoint_activations=true", "data.cache=0B"]),
+    ];
+    for (other, changes) in others {
+        folder.train(other, &[&steps[..], changes].concat()).succeeds(&[]);
+        assert_same_run(&folder, "run", other, 30);
+    }
+    folder.train("other-seed", &[&steps[..], &["seed=1"]].concat()).succeeds(&[]);
+    assert_ne!(
+        checkpoint(&folder, "run", 30),
+        checkpoint(&folder, "other-seed", 30),
+        "the comparison can fail"
+    );
+}
+
+#[test]
+fn verify_resume_finds_the_same_bits() {
+    let folder = Folder::new();
+    let verify = |recipe: &str, changes: &[&str]| {
+        let outcome = folder.anneal(&[&["verify-resume", recipe, "--steps", "8"], changes].concat());
+        let words =
+            ["losses of 8 steps", "weights", "first moment", "second moment", "samples", "bit-identical"];
+        assert!(!outcome.succeeds(&words).out.contains("first:"));
+    };
+    verify("tiny.yaml", &[]);
+    verify("tiny.yaml", &["optim.clip=0.1", "optim.schedule=cosine", "optim.warmup=3", "--stop-at", "3"]);
+    verify("tiny.yaml", &["ema.rates=[0.9, 0.99]", "ema.warmup=true"]);
+    verify("tiny.yaml", &["train.accumulate=2", "data.flip=true"]);
+    verify("tiny.yaml", &["train.precision=bf16"]);
+    verify("tiny.yaml", &["model.learn_sigma=true", "diffusion.target=epsilon", "optim.weight_decay=0.1"]);
+    let flow = TINY.replace("{schedule: squared_cosine, target: v}", "{kind: flow}");
+    folder.write("flow.yaml", flow.as_bytes());
+    verify(
+        "flow.yaml",
+        &["optim.clip=1", "ema.rates=[0.9, 0.99]", "train.accumulate=2", "train.precision=bf16"],
+    );
+}
+
+#[test]
+fn verify_resume_wants_a_middle() {
+    let folder = Folder::new();
+    folder.anneal(&["verify-resume", "tiny.yaml", "--steps", "1"]).fails(&["--steps must be at least 2"]);
+    let stop = folder.anneal(&["verify-resume", "tiny.yaml", "--steps", "4", "--stop-at", "4"]);
+    stop.fails(&["between 1 and 3"]);
+}
