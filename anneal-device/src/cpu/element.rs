@@ -30,6 +30,26 @@ pub trait Element: Copy + Send + Sync + 'static {
     const TYPE: ElementType;
     fn to_f32(self) -> f32;
     fn from_f32(value: f32) -> Self;
+
+    /// `to_f32` of an array (`array::map` is a call that is not always inlined).
+    #[inline(always)]
+    fn widen<const N: usize>(values: [Self; N]) -> [f32; N] {
+        let mut wide = [0.0; N];
+        for (wide, value) in wide.iter_mut().zip(values) {
+            *wide = value.to_f32();
+        }
+        wide
+    }
+
+    /// `from_f32` of an array.
+    #[inline(always)]
+    fn narrow<const N: usize>(values: &[f32; N]) -> [Self; N] {
+        let mut narrow = [Self::from_f32(0.0); N];
+        for (narrow, value) in narrow.iter_mut().zip(values) {
+            *narrow = Self::from_f32(*value);
+        }
+        narrow
+    }
 }
 
 impl Element for f32 {

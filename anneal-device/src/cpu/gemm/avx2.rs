@@ -9,8 +9,14 @@ const ROWS: usize = 6;
 const LANES: usize = 8;
 const COLUMNS: usize = 2 * LANES;
 
-pub(super) static KERNEL: Kernel =
-    Kernel { name: "avx2", rows: ROWS, columns: COLUMNS, tile, pack_transposed: pack::transposed };
+pub(super) static KERNEL: Kernel = Kernel {
+    name: "avx2",
+    rows: ROWS,
+    columns: COLUMNS,
+    tile,
+    pack_transposed: pack::transposed,
+    pack_adjacent: None,
+};
 
 unsafe fn tile(tile: &Tile) {
     // SAFETY: the kernel is in the table only where the processor has the features.

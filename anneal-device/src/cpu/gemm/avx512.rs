@@ -4,14 +4,20 @@
 use std::arch::x86_64::*;
 
 use super::super::element::ElementType;
-use super::kernel::{Kernel, Panel, Tile};
+use super::kernel::{Kernel, Panels, Tile};
 
 const ROWS: usize = 12;
 const LANES: usize = 16;
 const COLUMNS: usize = 2 * LANES;
 
-pub(super) static KERNEL: Kernel =
-    Kernel { name: "avx512", rows: ROWS, columns: COLUMNS, tile, pack_transposed };
+pub(super) static KERNEL: Kernel = Kernel {
+    name: "avx512",
+    rows: ROWS,
+    columns: COLUMNS,
+    tile,
+    pack_transposed,
+    pack_adjacent: Some(pack_adjacent),
+};
 
 type Rows = unsafe fn(&Tile);
 
@@ -28,50 +34,20 @@ unsafe fn tile(tile: &Tile) {
     unsafe { TILES[(tile.columns > LANES) as usize][tile.rows - 1](tile) }
 }
 
+/// Depths between two rounds of prefetches.
+const CHUNK: usize = 8;
+/// How many chunks before the end C's lines begin to be fetched, a row each.
+const C_CHUNKS: usize = 18;
+
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn rows<const R: usize, const V: usize>(tile: &Tile) {
+    let mut sums = [[_mm512_setzero_ps(); V]; R];
     // SAFETY: the tile's contract; masked lanes are not accessed.
     unsafe {
-        for i in 0..R {
-            let out = tile.out.add(i * tile.out_stride).cast::<i8>();
-            for v in 0..V {
-                _mm_prefetch::<_MM_HINT_T0>(out.wrapping_add(64 * v));
-            }
-        }
-        let mut sums = [[_mm512_setzero_ps(); V]; R];
-        let (mut a, mut b) = (tile.a, tile.b);
-        let mut columns = [_mm512_setzero_ps(); V];
         if tile.a_row_stride == 1 {
-            let ahead = 16 * tile.a_depth_stride;
-            for _ in 0..tile.depth {
-                _mm_prefetch::<_MM_HINT_T0>(a.wrapping_add(ahead).cast());
-                _mm_prefetch::<_MM_HINT_T0>(a.wrapping_add(ahead + R - 1).cast());
-                for v in 0..V {
-                    columns[v] = _mm512_loadu_ps(b.add(v * LANES));
-                }
-                for i in 0..R {
-                    let a = _mm512_set1_ps(*a.add(i));
-                    for v in 0..V {
-                        sums[i][v] = _mm512_fmadd_ps(a, columns[v], sums[i][v]);
-                    }
-                }
-                a = a.add(tile.a_depth_stride);
-                b = b.add(tile.b_depth_stride);
-            }
+            product::<R, V, true>(tile, &mut sums);
         } else {
-            for _ in 0..tile.depth {
-                for v in 0..V {
-                    columns[v] = _mm512_loadu_ps(b.add(v * LANES));
-                }
-                for i in 0..R {
-                    let a = _mm512_set1_ps(*a.add(i * tile.a_row_stride));
-                    for v in 0..V {
-                        sums[i][v] = _mm512_fmadd_ps(a, columns[v], sums[i][v]);
-                    }
-                }
-                a = a.add(1);
-                b = b.add(tile.b_depth_stride);
-            }
+            product::<R, V, false>(tile, &mut sums);
         }
         let last = _cvtu32_mask16(0xffff >> (V * LANES - tile.columns));
         for i in 0..R {
@@ -88,7 +64,64 @@ unsafe fn rows<const R: usize, const V: usize>(tile: &Tile) {
     }
 }
 
-unsafe fn pack_transposed(panel: &Panel) {
+/// `PACKED`: A's rows are adjacent; otherwise its depths are.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn product<const R: usize, const V: usize, const PACKED: bool>(
+    tile: &Tile,
+    sums: &mut [[__m512; V]; R],
+) {
+    let (row_stride, depth_stride) = if PACKED { (1, tile.a_depth_stride) } else { (tile.a_row_stride, 1) };
+    let (mut a, mut b) = (tile.a, tile.b);
+    let mut columns = [_mm512_setzero_ps(); V];
+    macro_rules! step {
+        () => {
+            for v in 0..V {
+                columns[v] = _mm512_loadu_ps(b.add(v * LANES));
+            }
+            for i in 0..R {
+                let a = _mm512_set1_ps(*a.add(i * row_stride));
+                for v in 0..V {
+                    sums[i][v] = _mm512_fmadd_ps(a, columns[v], sums[i][v]);
+                }
+            }
+            a = a.add(depth_stride);
+            b = b.add(tile.b_depth_stride);
+        };
+    }
+    let mut fetch = tile.fetch;
+    // SAFETY: the tile's contract; prefetches do not access memory.
+    unsafe {
+        let chunks = tile.depth / CHUNK;
+        for chunk in 0..chunks {
+            // C's lines are fetched late, so that they are still there at the end, and a few at a
+            // time: a burst would take every fill buffer from the operands.
+            let row = (chunk + C_CHUNKS).wrapping_sub(chunks);
+            if row < R {
+                let out = tile.out.wrapping_add(row * tile.out_stride);
+                for v in 0..V {
+                    _mm_prefetch::<_MM_HINT_T0>(out.wrapping_add(v * LANES).cast());
+                }
+            }
+            for fetch in &mut fetch {
+                _mm_prefetch::<_MM_HINT_T1>(fetch.start.cast());
+                fetch.start = fetch.start.wrapping_add(fetch.step);
+            }
+            for _ in 0..CHUNK {
+                if PACKED {
+                    let ahead = a.wrapping_add(8 * depth_stride);
+                    _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                }
+                step!();
+            }
+        }
+        for _ in chunks * CHUNK..tile.depth {
+            step!();
+        }
+    }
+}
+
+unsafe fn pack_transposed(panel: &Panels) {
     debug_assert!(panel.depth_stride == 1);
     // SAFETY: the kernel is in the table only where the processor has the features.
     unsafe {
@@ -100,9 +133,50 @@ unsafe fn pack_transposed(panel: &Panel) {
     }
 }
 
+unsafe fn pack_adjacent(panels: &Panels) {
+    // SAFETY: the kernel is in the table only where the processor has the features.
+    unsafe { deal(panels) }
+}
+
+/// Four depths of twelve lanes make three whole lines of the target, each put together from two
+/// masked loads.
+#[target_feature(enable = "avx512f")]
+unsafe fn deal(panels: &Panels) {
+    let stride = panels.depth_stride;
+    let source = panels.source.cast::<f32>();
+    let quads = panels.depth / 4;
+    for quad in 0..quads {
+        for panel in 0..panels.lanes / ROWS {
+            // SAFETY: masked lanes are not accessed, so pointers may lie outside the source.
+            unsafe {
+                let from = source.add(quad * 4 * stride + panel * ROWS);
+                let to = panels.target.add(panel * panels.panel_stride + quad * 4 * ROWS);
+                let joined = |low: usize, kept: usize, first: usize| {
+                    let (next, mask) = (from.wrapping_add((low + 1) * stride), (1u16 << kept) - 1);
+                    let rest = _mm512_maskz_loadu_ps(!mask, next.wrapping_sub(kept));
+                    _mm512_mask_loadu_ps(rest, mask, from.add(low * stride + first))
+                };
+                _mm512_storeu_ps(to, joined(0, 12, 0));
+                _mm512_storeu_ps(to.add(16), joined(1, 8, 4));
+                _mm512_storeu_ps(to.add(32), joined(2, 4, 8));
+            }
+        }
+    }
+    for k in quads * 4..panels.depth {
+        for panel in 0..panels.lanes / ROWS {
+            // SAFETY: within the panels.
+            unsafe {
+                let values = _mm512_maskz_loadu_ps(0xfff, source.add(k * stride + panel * ROWS));
+                let to = panels.target.add(panel * panels.panel_stride + k * ROWS);
+                _mm512_mask_storeu_ps(to, 0xfff, values);
+            }
+        }
+    }
+}
+
 /// `FORMAT`: 0 f32, 1 bf16, 2 f16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn pack<const FORMAT: usize>(panel: &Panel) {
+unsafe fn pack<const FORMAT: usize>(panel: &Panels) {
     for first in (0..panel.width).step_by(LANES) {
         let kept = _cvtu32_mask16(((1u32 << (panel.width - first).min(LANES)) - 1) & 0xffff);
         let lanes = panel.lanes.saturating_sub(first).min(LANES);

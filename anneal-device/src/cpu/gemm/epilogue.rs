@@ -181,8 +181,8 @@ unsafe fn load<const W: usize>(from: *const u8, element: ElementType) -> [f32; W
     unsafe {
         match element {
             ElementType::F32 => *from.cast::<[f32; W]>(),
-            ElementType::Bf16 => (*from.cast::<[bf16; W]>()).map(Element::to_f32),
-            ElementType::F16 => (*from.cast::<[f16; W]>()).map(Element::to_f32),
+            ElementType::Bf16 => bf16::widen(*from.cast::<[bf16; W]>()),
+            ElementType::F16 => f16::widen(*from.cast::<[f16; W]>()),
         }
     }
 }
@@ -193,8 +193,8 @@ unsafe fn store<const W: usize>(to: *mut u8, element: ElementType, values: &[f32
     unsafe {
         match element {
             ElementType::F32 => *to.cast::<[f32; W]>() = *values,
-            ElementType::Bf16 => *to.cast::<[bf16; W]>() = values.map(Element::from_f32),
-            ElementType::F16 => *to.cast::<[f16; W]>() = values.map(Element::from_f32),
+            ElementType::Bf16 => *to.cast::<[bf16; W]>() = Element::narrow(values),
+            ElementType::F16 => *to.cast::<[f16; W]>() = Element::narrow(values),
         }
     }
 }

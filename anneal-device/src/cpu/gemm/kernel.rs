@@ -21,21 +21,40 @@ pub(super) struct Tile {
     pub out_stride: usize,
     pub rows: usize,
     pub columns: usize,
+    /// What later tiles read of A and of B, to be fetched on the way: a line for every eight depths.
+    pub fetch: [Fetch; 3],
     /// Adds to `out`, which is otherwise not read.
     pub accumulate: bool,
 }
 
-/// A panel to pack: lane `l`, depth `k` of the source goes to `target[k * width + l]` in f32,
-/// and lanes from `lanes` to `width` are zeroed.
-pub(super) struct Panel {
+/// A line to fetch into the second-level cache, and bytes to the next one.
+#[derive(Clone, Copy)]
+pub(super) struct Fetch {
+    pub start: *const u8,
+    pub step: usize,
+}
+
+impl Fetch {
+    /// Fetches what is in the cache already: costs next to nothing.
+    pub(super) fn nothing(start: *const f32) -> Self {
+        Self { start: start.cast(), step: 0 }
+    }
+}
+
+/// Panels to pack. Lane `l` at depth `k` of the source goes, in f32, to lane `l % width` of panel
+/// `l / width`: to `target[l / width * panel_stride + k * width + l % width]`. The lanes that the
+/// last panel has beyond `lanes` are zeroed.
+#[derive(Clone, Copy)]
+pub(super) struct Panels {
     pub source: *const u8,
     pub element: ElementType,
     pub lane_stride: usize,
     pub depth_stride: usize,
     pub lanes: usize,
-    pub width: usize,
     pub depth: usize,
+    pub width: usize,
     pub target: *mut f32,
+    pub panel_stride: usize,
 }
 
 /// A micro-kernel: tiles of up to `rows` by `columns`.
@@ -44,8 +63,10 @@ pub(super) struct Kernel {
     pub rows: usize,
     pub columns: usize,
     pub tile: unsafe fn(&Tile),
-    /// Packs panels whose depth is contiguous (a transposition).
-    pub pack_transposed: unsafe fn(&Panel),
+    /// Packs one panel whose depth is contiguous (a transposition).
+    pub pack_transposed: unsafe fn(&Panels),
+    /// Packs whole panels of `rows` adjacent f32 lanes, if there is a way of its own.
+    pub pack_adjacent: Option<unsafe fn(&Panels)>,
 }
 
 /// The kernels that this machine can run, best first.

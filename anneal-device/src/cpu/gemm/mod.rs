@@ -15,12 +15,15 @@
 //!
 //! Not done: splitting the depth over threads, integer types, AMX, negative strides.
 
+mod blocks;
 mod driver;
 mod epilogue;
 mod kernel;
+mod operands;
 mod pack;
 mod scratch;
 mod sums;
+mod task;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -157,6 +160,11 @@ impl<'a> RowSums<'a> {
     pub unsafe fn new(values: *mut f32, accumulate: bool) -> Self {
         Self { pointer: values, accumulate, lifetime: PhantomData }
     }
+
+    /// The sums from `row` on.
+    fn from(self, row: usize) -> Self {
+        Self { pointer: self.pointer.wrapping_add(row), ..self }
+    }
 }
 
 /// One product, `C = epilogue(A B + beta C + bias)`.
@@ -195,7 +203,7 @@ impl<'a> Gemm<'a> {
             a: self.a.at(row, 0),
             c: self.c.at(row, 0),
             epilogue: self.epilogue.at(row, 0),
-            row_sums: self.row_sums.map(|sums| RowSums { pointer: sums.pointer.wrapping_add(row), ..sums }),
+            row_sums: self.row_sums.map(|sums| sums.from(row)),
             ..*self
         }
     }

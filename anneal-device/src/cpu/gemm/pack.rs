@@ -4,34 +4,45 @@ use half::{bf16, f16};
 
 use super::super::element::{Element, ElementType};
 use super::super::vectorize;
-use super::kernel::{Kernel, Panel};
+use super::kernel::{Kernel, Panels};
 
-/// Packs one panel.
-///
 /// # Safety
-/// The source covers `lanes` by `depth`, the target `width` by `depth`.
-pub(super) unsafe fn pack(kernel: &Kernel, panel: &Panel) {
+/// The source covers `lanes` by `depth`, the target the whole panels.
+pub(super) unsafe fn pack(kernel: &Kernel, panels: &Panels) {
     // SAFETY: passed on.
     unsafe {
-        if panel.lane_stride == 1 {
-            match panel.element {
-                ElementType::F32 => contiguous::<f32>(panel),
-                ElementType::Bf16 => contiguous::<bf16>(panel),
-                ElementType::F16 => contiguous::<f16>(panel),
+        if panels.lane_stride == 1 {
+            return match panels.element {
+                ElementType::F32 => adjacent::<f32>(kernel, panels),
+                ElementType::Bf16 => adjacent::<bf16>(kernel, panels),
+                ElementType::F16 => adjacent::<f16>(kernel, panels),
+            };
+        }
+        for first in (0..panels.lanes).step_by(panels.width) {
+            let panel = panels.part(first, panels.width.min(panels.lanes - first));
+            if panels.depth_stride == 1 {
+                (kernel.pack_transposed)(&panel);
+            } else {
+                transposed(&panel);
             }
-        } else if panel.depth_stride == 1 {
-            (kernel.pack_transposed)(panel);
-        } else {
-            transposed(panel);
         }
     }
 }
 
-/// Any strides, lane by lane.
+impl Panels {
+    /// The panels that hold `lanes` lanes from `first` on, which begins a panel.
+    fn part(&self, first: usize, lanes: usize) -> Self {
+        let source = self.source.wrapping_add(first * self.lane_stride * self.element.size());
+        let target = self.target.wrapping_add(first / self.width * self.panel_stride);
+        Self { source, target, lanes, ..*self }
+    }
+}
+
+/// One panel of any strides, lane by lane.
 ///
 /// # Safety
 /// As [`pack`].
-pub(super) unsafe fn transposed(panel: &Panel) {
+pub(super) unsafe fn transposed(panel: &Panels) {
     // SAFETY: passed on.
     unsafe {
         match panel.element {
@@ -42,7 +53,7 @@ pub(super) unsafe fn transposed(panel: &Panel) {
     }
 }
 
-unsafe fn strided<T: Element>(panel: &Panel) {
+unsafe fn strided<T: Element>(panel: &Panels) {
     let source = panel.source.cast::<T>();
     for k in 0..panel.depth {
         for lane in 0..panel.width {
@@ -59,52 +70,49 @@ unsafe fn strided<T: Element>(panel: &Panel) {
     }
 }
 
-unsafe fn contiguous<T: Element>(panel: &Panel) {
-    // Known widths become straight vector moves.
+/// Adjacent lanes: reads the source line by line and deals it out to the panels.
+unsafe fn adjacent<T: Element>(kernel: &Kernel, panels: &Panels) {
+    let whole = panels.lanes / panels.width * panels.width;
     // SAFETY: passed on.
     unsafe {
-        match (panel.width, panel.lanes == panel.width) {
-            (32, true) => whole::<T, 32>(panel),
-            (16, true) => whole::<T, 16>(panel),
-            (12, true) => whole::<T, 12>(panel),
-            _ => partial::<T>(panel),
+        if whole > 0 {
+            // Known widths become straight vector moves.
+            let panels = panels.part(0, whole);
+            let own = kernel.pack_adjacent.filter(|_| panels.width == kernel.rows);
+            match (own, panels.width) {
+                (Some(pack), _) if T::TYPE == ElementType::F32 => pack(&panels),
+                (_, 32) => deal::<T, 32>(&panels),
+                (_, 16) => deal::<T, 16>(&panels),
+                (_, 12) => deal::<T, 12>(&panels),
+                (_, 6) => deal::<T, 6>(&panels),
+                (_, 4) => deal::<T, 4>(&panels),
+                (_, width) => unreachable!("no kernel has panels of {width} lanes"),
+            }
+        }
+        if whole < panels.lanes {
+            strided::<T>(&panels.part(whole, panels.lanes - whole));
         }
     }
 }
 
-unsafe fn whole<T: Element, const WIDTH: usize>(panel: &Panel) {
-    let source = panel.source.cast::<T>();
+unsafe fn deal<T: Element, const WIDTH: usize>(panels: &Panels) {
+    let source = panels.source.cast::<T>();
+    let count = panels.lanes / WIDTH;
     vectorize(
         #[inline(always)]
         || {
-            for k in 0..panel.depth {
-                // SAFETY: within the panel.
-                let (from, to) = unsafe {
-                    (
-                        &*source.add(k * panel.depth_stride).cast::<[T; WIDTH]>(),
-                        &mut *panel.target.add(k * WIDTH).cast::<[f32; WIDTH]>(),
-                    )
-                };
-                for (to, from) in to.iter_mut().zip(from) {
-                    *to = from.to_f32();
+            for k in 0..panels.depth {
+                for panel in 0..count {
+                    // SAFETY: within the panels. The values pass through a copy because the compiler
+                    // cannot see that source and target are apart.
+                    unsafe {
+                        let from = source.add(k * panels.depth_stride + panel * WIDTH);
+                        let values = T::widen(*from.cast::<[T; WIDTH]>());
+                        let to = panels.target.add(panel * panels.panel_stride + k * WIDTH);
+                        *to.cast::<[f32; WIDTH]>() = values;
+                    }
                 }
             }
         },
     )
-}
-
-unsafe fn partial<T: Element>(panel: &Panel) {
-    let source = panel.source.cast::<T>();
-    for k in 0..panel.depth {
-        // SAFETY: within the panel.
-        unsafe {
-            let (from, to) = (source.add(k * panel.depth_stride), panel.target.add(k * panel.width));
-            for lane in 0..panel.lanes {
-                *to.add(lane) = (*from.add(lane)).to_f32();
-            }
-            for lane in panel.lanes..panel.width {
-                *to.add(lane) = 0.0;
-            }
-        }
-    }
 }

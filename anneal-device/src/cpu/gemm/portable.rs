@@ -6,8 +6,14 @@ use super::pack;
 const ROWS: usize = 4;
 const COLUMNS: usize = 16;
 
-pub(super) static KERNEL: Kernel =
-    Kernel { name: "portable", rows: ROWS, columns: COLUMNS, tile, pack_transposed: pack::transposed };
+pub(super) static KERNEL: Kernel = Kernel {
+    name: "portable",
+    rows: ROWS,
+    columns: COLUMNS,
+    tile,
+    pack_transposed: pack::transposed,
+    pack_adjacent: None,
+};
 
 /// `x * y + z`, fused where the baseline instruction set has it (elsewhere it is a slow call).
 #[inline(always)]
