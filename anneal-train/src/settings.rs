@@ -28,6 +28,7 @@ pub fn model_config(recipe: &Recipe) -> Result<DitConfig> {
         classes: dit.classes,
         learn_sigma: dit.learn_sigma,
         frequency_shift: usize::from(dit.convention == Convention::Diffusers),
+        block_embedders: false,
         ..sized
     };
     config.check()?;

@@ -50,6 +50,7 @@ impl Case {
             learn_sigma: golden.config()["learn_sigma"].as_bool().unwrap_or(true),
             mlp_norm_epsilon: 1e-6,
             frequency_shift: 0,
+            block_embedders: false,
         };
         let device = Device::cpu(Some(2), None);
         let (model, parameters) = Dit::new(&config).unwrap();

@@ -176,6 +176,7 @@ impl Case {
             learn_sigma: golden.config()["learn_sigma"].as_bool().unwrap_or(true),
             mlp_norm_epsilon: 1e-6,
             frequency_shift: 0,
+            block_embedders: false,
         };
         let process = Process::Diffusion(Schedule::new(BetaSchedule::linear(1000), 1000).unwrap());
         let objective = Objective::new(process, Prediction::Epsilon, config.learn_sigma, None).unwrap();

@@ -141,6 +141,9 @@ pub struct Sample {
     /// [default: the recipe's first]
     #[arg(long)]
     pub ema: Option<String>,
+    /// Keep estimates of the clean image within -1..1 on the way; for pixels, not for latents
+    #[arg(long)]
+    pub clip: bool,
     /// Starting noise from an npz (array `latents` [N, C, H, W] f32, and `labels` [N]) instead of seeds
     #[arg(long)]
     pub latents: Option<PathBuf>,

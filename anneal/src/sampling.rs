@@ -21,13 +21,13 @@ pub struct SamplingSettings {
     pub shift: f64,
     pub guidance: f64,
     pub guidance_mode: GuidanceMode,
-    /// Whether estimates of the clean image are kept within -1..1: pixels, not latents.
-    pub pixels: bool,
+    /// Whether estimates of the clean image are kept within -1..1: for pixels, not for latents.
+    pub clip: bool,
 }
 
 impl SamplingSettings {
     /// The settings of a recipe's section `sample`.
-    pub fn of(sample: &Sample, pixels: bool) -> Self {
+    pub fn of(sample: &Sample) -> Self {
         Self {
             sampler: sample.sampler,
             steps: sample.steps,
@@ -35,7 +35,7 @@ impl SamplingSettings {
             shift: sample.shift,
             guidance: sample.guidance,
             guidance_mode: sample.guidance_mode,
-            pixels,
+            clip: false,
         }
     }
 
@@ -65,7 +65,7 @@ impl SamplingSettings {
             method,
             steps: Steps::Count(self.steps),
             prediction: objective.prediction(),
-            clip: self.pixels.then_some(1.0),
+            clip: self.clip.then_some(1.0),
         };
         Ok((options, Guidance::new(self.guidance, shape, channels)?))
     }
@@ -138,7 +138,7 @@ pub fn preview(
     store: Arc<dyn ParamStore>,
 ) -> Result<PreviewImages> {
     let sample = &recipe.sample;
-    let settings = SamplingSettings::of(sample, is_pixels(recipe));
+    let settings = SamplingSettings::of(sample);
     let objective = settings::objective(recipe)?;
     let (sampler, guidance) = settings.options(&objective)?;
     let all: Vec<i64> = match sample.classes.is_empty() {
@@ -157,11 +157,6 @@ pub fn preview(
     let pipeline = Pipeline { model, store, objective };
     let Samples { values, shape, .. } = pipeline.sample(&request, &mut |_, _| ControlFlow::Continue(()))?;
     Ok(PreviewImages { values, count: sample.num, shape, caption: settings.caption() })
-}
-
-/// Whether a recipe's model sees pixels in -1..1, and not latents.
-pub fn is_pixels(recipe: &Recipe) -> bool {
-    recipe.data.kind != anneal_recipe::DataKind::Latents
 }
 
 #[cfg(test)]

@@ -160,8 +160,10 @@ pub fn weights_config(files: &TensorFiles, heads: Option<usize>) -> Result<DitCo
 
 fn open_diffusers(path: &Path, opening: &Opening) -> Result<Source> {
     let folder = DiffusersFolder::open(path)?;
-    let config = DitConfig::from_diffusers(&folder.component_config("transformer")?)?;
     let files = folder.component_weights("transformer", None)?;
+    let read = |name: &str| files.contains(name).then(|| files.read_f32(name)).transpose();
+    let config =
+        DitConfig::from_diffusers(&folder.component_config("transformer")?)?.with_embedders_of(read)?;
     let keys = |parameters: &Parameters| diffusers_keys(&config, parameters);
     let (model, store, warnings) = load(&config, opening, &files, keys)?;
     let scheduler = folder.component_config("scheduler")?;

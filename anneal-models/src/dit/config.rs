@@ -28,6 +28,10 @@ pub struct DitConfig {
     pub mlp_norm_epsilon: f32,
     /// Timestep frequencies are 10000^(-i / (128 - shift)): 0 as published, 1 as diffusers computes them.
     pub frequency_shift: usize,
+    /// Whether each block has timestep and label embedders of its own, which diffusers' class can hold; as
+    /// published, all share one pair.
+    #[serde(default)]
+    pub block_embedders: bool,
 }
 
 impl DitConfig {
@@ -54,6 +58,7 @@ impl DitConfig {
             learn_sigma: true,
             mlp_norm_epsilon: 1e-6,
             frequency_shift: 0,
+            block_embedders: false,
         })
     }
 
@@ -92,7 +97,7 @@ impl DitConfig {
         Ok(())
     }
 
-    /// From the `config.json` of a diffusers `DiTTransformer2DModel`.
+    /// From the `config.json` of a diffusers `DiTTransformer2DModel`; see [`Self::with_embedders_of`].
     pub fn from_diffusers(config: &Value) -> Result<Self, ModelError> {
         let number = |key: &str, default: Option<usize>| {
             config.get(key).and_then(Value::as_u64).map(|value| value as usize).or(default).ok_or_else(|| {
@@ -129,9 +134,28 @@ impl DitConfig {
             learn_sigma: output == 2 * channels,
             mlp_norm_epsilon: config.get("norm_eps").and_then(Value::as_f64).unwrap_or(1e-5) as f32,
             frequency_shift: 1,
+            block_embedders: false,
         };
         result.check()?;
         Ok(result)
+    }
+
+    /// Finds out from weights in the diffusers layout whether their blocks' embedders differ, which no
+    /// configuration says. `read` gives a tensor's values.
+    ///
+    /// # Errors
+    /// Those of `read`; a block that lacks a tensor counts as one that shares it.
+    pub fn with_embedders_of<E>(self, read: impl Fn(&str) -> Result<Option<Vec<f32>>, E>) -> Result<Self, E> {
+        for part in EMBEDDER_PARTS {
+            let of = |block: usize| read(&format!("transformer_blocks.{block}.norm1.emb.{part}"));
+            let Some(first) = of(0)? else { continue };
+            for block in 1..self.depth {
+                if of(block)?.is_some_and(|copy| copy != first) {
+                    return Ok(Self { block_embedders: true, ..self });
+                }
+            }
+        }
+        Ok(self)
     }
 
     /// The `config.json` of a diffusers `DiTTransformer2DModel`.
@@ -215,6 +239,7 @@ impl DitConfig {
             learn_sigma: output == 2 * channels,
             mlp_norm_epsilon: 1e-6,
             frequency_shift: 0,
+            block_embedders: shape("blocks.1.t_embedder.mlp.0.weight").is_some(),
         };
         result.check()?;
         Ok(result)
@@ -223,6 +248,15 @@ impl DitConfig {
 
 /// A key of our own in diffusers' config.json, which it ignores: the classes before padding.
 const CLASSES_KEY: &str = "anneal_classes";
+
+/// The tensors of a block's embedders in the diffusers layout.
+const EMBEDDER_PARTS: [&str; 5] = [
+    "timestep_embedder.linear_1.weight",
+    "timestep_embedder.linear_1.bias",
+    "timestep_embedder.linear_2.weight",
+    "timestep_embedder.linear_2.bias",
+    "class_embedder.embedding_table.weight",
+];
 
 /// The twelve names.
 pub fn preset_names() -> Vec<String> {

@@ -11,7 +11,8 @@ pub fn original_keys(parameters: &Parameters) -> KeyMap {
 
 /// The layout of diffusers' `DiTTransformer2DModel`.
 ///
-/// There, queries, keys and values are three tensors; every block carries a copy of the embedders;
+/// There, queries, keys and values are three tensors; every block carries a copy of the embedders,
+/// or embedders of its own ([`DitConfig::block_embedders`]);
 /// positions are computed; and the label table is filled up for its pipeline
 /// ([`DitConfig::padded_classes`]).
 pub fn diffusers_keys(config: &DitConfig, parameters: &Parameters) -> KeyMap {
@@ -20,8 +21,9 @@ pub fn diffusers_keys(config: &DitConfig, parameters: &Parameters) -> KeyMap {
 }
 
 fn entry(config: &DitConfig, ours: &str) -> KeyEntry {
+    let sharing = if config.block_embedders { 1 } else { config.depth };
     let in_every_block = |tail: &str| KeyEntry {
-        homes: (0..config.depth)
+        homes: (0..sharing)
             .map(|block| vec![format!("transformer_blocks.{block}.norm1.emb.{tail}")])
             .collect(),
         ..KeyEntry::renamed(ours, "")
@@ -38,11 +40,11 @@ fn entry(config: &DitConfig, ours: &str) -> KeyEntry {
         },
         "final_layer.adaLN_modulation.1" => KeyEntry::renamed(ours, format!("proj_out_1.{kind}")),
         "final_layer.linear" => KeyEntry::renamed(ours, format!("proj_out_2.{kind}")),
-        _ => block_entry(ours, path, kind),
+        _ => block_entry(config, ours, path, kind),
     }
 }
 
-fn block_entry(ours: &str, path: &str, kind: &str) -> KeyEntry {
+fn block_entry(config: &DitConfig, ours: &str, path: &str, kind: &str) -> KeyEntry {
     let (block, part) = path
         .strip_prefix("blocks.")
         .and_then(|rest| rest.split_once('.'))
@@ -54,6 +56,12 @@ fn block_entry(ours: &str, path: &str, kind: &str) -> KeyEntry {
         "mlp.fc1" => KeyEntry::renamed(ours, theirs("ff.net.0.proj")),
         "mlp.fc2" => KeyEntry::renamed(ours, theirs("ff.net.2")),
         "adaLN_modulation.1" => KeyEntry::renamed(ours, theirs("norm1.linear")),
+        "t_embedder.mlp.0" => KeyEntry::renamed(ours, theirs("norm1.emb.timestep_embedder.linear_1")),
+        "t_embedder.mlp.2" => KeyEntry::renamed(ours, theirs("norm1.emb.timestep_embedder.linear_2")),
+        "y_embedder.embedding_table" => KeyEntry {
+            padded_rows: Some(config.padded_classes() + 1),
+            ..KeyEntry::renamed(ours, theirs("norm1.emb.class_embedder.embedding_table"))
+        },
         _ => panic!("{ours} has no place in the diffusers layout"),
     }
 }

@@ -27,8 +27,8 @@ pub struct Dit {
     config: DitConfig,
     embedders: ScopeId,
     patches: PatchEmbedding,
-    timesteps: TimestepEmbedding,
-    labels: LabelEmbedding,
+    /// One pair for all, or one for each block; the final layer uses the first.
+    conditioners: Vec<Conditioner>,
     positions: ParamId,
     modulation: ScopeId,
     /// One for each block, six vectors each; the last, for the final layer, two.
@@ -36,6 +36,12 @@ pub struct Dit {
     blocks: Vec<(ScopeId, Arc<Block>)>,
     last: ScopeId,
     output: Linear,
+}
+
+/// Makes the conditioning vector.
+struct Conditioner {
+    timesteps: TimestepEmbedding,
+    labels: LabelEmbedding,
 }
 
 struct Block {
@@ -54,14 +60,11 @@ impl Dit {
         config.check()?;
         let size = config.hidden_size;
         let mut builder = Builder::new();
-        let (embedders, (patches, timesteps, labels, positions)) = builder.scope("embedders", |builder| {
+        let (embedders, (patches, conditioners, positions)) = builder.scope("embedders", |builder| {
             (
                 builder
                     .at("x_embedder", |b| PatchEmbedding::new(b, config.channels, config.patch_size, size)),
-                builder.at("t_embedder", |b| {
-                    TimestepEmbedding::new(b, TIMESTEP_FEATURES, size, config.frequency_shift)
-                }),
-                builder.at("y_embedder", |b| LabelEmbedding::new(b, config.classes, size)),
+                describe_conditioners(builder, config),
                 add_positions(builder, config),
             )
         });
@@ -84,8 +87,7 @@ impl Dit {
             config,
             embedders,
             patches,
-            timesteps,
-            labels,
+            conditioners,
             positions,
             modulation,
             modulations,
@@ -100,33 +102,37 @@ impl Dit {
         &self.config
     }
 
-    /// Tokens `[b, n, d]` and conditioning `[b, d]`, already through its SiLU.
+    /// Tokens `[b, n, d]`, and of each conditioner the vector `[b, d]`, already through its SiLU.
     fn embed(
         &self,
         forward: &Forward,
         image: &Tensor,
         timesteps: &[f32],
         labels: &[i64],
-    ) -> Result<(Tensor, Tensor)> {
+    ) -> Result<(Tensor, Vec<Tensor>)> {
         forward.scope(self.embedders, |forward| {
             let patches = self.patches.forward(forward, &ops::cast(image, forward.dtype())?)?;
             let tokens = ops::add(&patches, &forward.param(self.positions)?)?;
-            let timesteps = self.timesteps.forward(forward, timesteps)?;
-            let labels = self.labels.forward(forward, labels)?;
-            Ok((tokens, ops::silu(&ops::add(&timesteps, &labels)?)?))
+            let condition = |conditioner: &Conditioner| {
+                let timesteps = conditioner.timesteps.forward(forward, timesteps)?;
+                let labels = conditioner.labels.forward(forward, labels)?;
+                ops::silu(&ops::add(&timesteps, &labels)?)
+            };
+            Ok((tokens, self.conditioners.iter().map(condition).collect::<Result<_>>()?))
         })
     }
 
     /// Shifts, scales and gates `[b, d]`: six for each block, in the order shift, scale, gate of
     /// attention, then of the feed-forward part; then shift and scale of the final layer.
-    fn modulate(&self, forward: &Forward, conditioning: &Tensor) -> Result<Vec<Outputs>> {
+    fn modulate(&self, forward: &Forward, conditionings: &[Tensor]) -> Result<Vec<Outputs>> {
         let size = self.config.hidden_size;
         forward.scope(self.modulation, |forward| {
-            let vectors = |linear: &Linear| {
+            let vectors = |(index, linear): (usize, &Linear)| {
+                let conditioning = conditionings.get(index).unwrap_or(&conditionings[0]);
                 let all = linear.forward(forward, conditioning, Activation::None)?;
                 ops::split(&all, 1, &vec![size; all.size(1) / size])
             };
-            self.modulations.iter().map(vectors).collect()
+            self.modulations.iter().enumerate().map(vectors).collect()
         })
     }
 
@@ -155,8 +161,8 @@ impl Denoiser for Dit {
         conditioning: &Conditioning,
     ) -> Result<Tensor> {
         self.check_inputs(image, timesteps, conditioning.labels)?;
-        let (tokens, conditioning) = self.embed(forward, image, timesteps, conditioning.labels)?;
-        let modulations = self.modulate(forward, &conditioning)?;
+        let (tokens, conditionings) = self.embed(forward, image, timesteps, conditioning.labels)?;
+        let modulations = self.modulate(forward, &conditionings)?;
         let mut normed =
             ops::layer_norm_modulate(&tokens, &modulations[0][0], &modulations[0][1], NORM_EPSILON)?;
         let mut tokens = tokens;
@@ -186,7 +192,7 @@ impl Denoiser for Dit {
     }
 
     fn null_label(&self) -> i64 {
-        self.labels.null_label()
+        self.conditioners[0].labels.null_label()
     }
 
     fn learns_sigma(&self) -> bool {
@@ -233,6 +239,21 @@ impl Block {
         )?;
         Ok(vec![tokens, normed])
     }
+}
+
+fn describe_conditioners(builder: &mut Builder, config: &DitConfig) -> Vec<Conditioner> {
+    let size = config.hidden_size;
+    let describe = |builder: &mut Builder| Conditioner {
+        timesteps: builder.at("t_embedder", |builder| {
+            TimestepEmbedding::new(builder, TIMESTEP_FEATURES, size, config.frequency_shift)
+        }),
+        labels: builder.at("y_embedder", |builder| LabelEmbedding::new(builder, config.classes, size)),
+    };
+    let mut all = vec![describe(builder)];
+    if config.block_embedders {
+        all.extend((1..config.depth).map(|block| builder.at(&format!("blocks.{block}"), describe)));
+    }
+    all
 }
 
 fn add_positions(builder: &mut Builder, config: &DitConfig) -> ParamId {

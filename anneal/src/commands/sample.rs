@@ -110,7 +110,7 @@ fn drawing(arguments: &Sample, source: &Source) -> Result<Drawing> {
 /// The recipe's settings where there is a recipe, with the command line's changes.
 fn settings(arguments: &Sample, source: &Source) -> Result<SamplingSettings> {
     let mut settings = match &source.recipe {
-        Some(recipe) => SamplingSettings::of(&recipe.sample, sampling::is_pixels(recipe)),
+        Some(recipe) => SamplingSettings::of(&recipe.sample),
         None => SamplingSettings {
             sampler: match source.objective.process() {
                 Process::Diffusion(_) => Sampler::Ddim,
@@ -121,7 +121,7 @@ fn settings(arguments: &Sample, source: &Source) -> Result<SamplingSettings> {
             shift: 1.0,
             guidance: 1.0,
             guidance_mode: GuidanceMode::All,
-            pixels: false,
+            clip: false,
         },
     };
     if let Some(name) = &arguments.sampler {
@@ -130,6 +130,7 @@ fn settings(arguments: &Sample, source: &Source) -> Result<SamplingSettings> {
     if let Some(text) = &arguments.guidance_mode {
         settings.guidance_mode = sampling::guidance_mode_named(text)?;
     }
+    settings.clip = arguments.clip;
     settings.steps = arguments.steps.unwrap_or(settings.steps);
     settings.guidance = arguments.guidance.unwrap_or(settings.guidance);
     settings.eta = arguments.eta.unwrap_or(settings.eta);

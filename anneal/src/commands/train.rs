@@ -69,7 +69,7 @@ pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
     };
     let source = source::open(&arguments.output, &opening)?;
     let drawing = Drawing {
-        settings: SamplingSettings::of(&recipe.sample, true),
+        settings: SamplingSettings::of(&recipe.sample),
         labels: sampling::labels("all", QUICKSTART_SAMPLES, recipe.model.classes())?,
         first_seed: 0,
         latents: None,
