@@ -8,9 +8,9 @@ use crate::harness::{Folder, TINY};
 
 /// Long enough to be stopped in the middle; each checkpoint stays.
 const LONG: [&str; 4] =
-    ["train.steps=400", "train.checkpoint.every=40", "train.checkpoint.keep_last=100", "sample.every=200"];
-const LAST: u64 = 400;
-const FIRST_CHECKPOINT: &str = "run/checkpoints/step-00000040";
+    ["train.steps=2000", "train.checkpoint.every=200", "train.checkpoint.keep_last=100", "sample.every=1000"];
+const LAST: u64 = 2000;
+const FIRST_CHECKPOINT: &str = "run/checkpoints/step-00000200";
 
 /// Files and hashes of a checkpoint, and where its data stood.
 fn checkpoint(folder: &Folder, run: &str, step: u64) -> (Value, Value) {
@@ -50,7 +50,7 @@ fn assert_same_run(folder: &Folder, expected: &str, run: &str, last: u64) {
 #[track_caller]
 fn assert_same_grids(folder: &Folder, expected: &str, run: &str) {
     let names = folder.names(&format!("{expected}/samples"));
-    assert_eq!(names, ["step-00000200.png", "step-00000400.png"]);
+    assert_eq!(names, ["step-00001000.png", "step-00002000.png"]);
     for name in names {
         let grid = |run: &str| folder.read(&format!("{run}/samples/{name}"));
         assert!(grid(expected) == grid(run), "{name} of {expected} and {run}");
@@ -60,16 +60,16 @@ fn assert_same_grids(folder: &Folder, expected: &str, run: &str) {
 #[test]
 fn a_killed_run_continues_with_the_same_bits() {
     let folder = Folder::new();
-    folder.train("whole", &LONG).succeeds(&["trained 400 steps"]);
+    folder.train("whole", &LONG).succeeds(&["trained 2000 steps"]);
     for _ in 0..2 {
         let seen = folder.names("run/checkpoints").len();
-        let next = format!("run/checkpoints/step-{:08}", 40 * (seen + 1));
+        let next = format!("run/checkpoints/step-{:08}", 200 * (seen + 1));
         let mut running = folder.spawn_train("run", &LONG);
         running.wait_for(&folder.path(&next));
         running.signal("KILL");
         assert_eq!(running.finish().status.signal(), Some(9), "it must be stopped in the middle");
     }
-    folder.train("run", &LONG).succeeds(&["trained 400 steps"]);
+    folder.train("run", &LONG).succeeds(&["trained 2000 steps"]);
     assert_same_run(&folder, "whole", "run", LAST);
     assert_same_grids(&folder, "whole", "run");
     assert!(
@@ -83,6 +83,8 @@ fn a_signal_saves_a_checkpoint_and_says_how_to_continue() {
     let folder = Folder::new();
     folder.train("whole", &LONG).succeeds(&[]);
     for (signal, code) in [("INT", 130), ("TERM", 143)] {
+        // A checkpoint of the other signal's run would let the signal come before the handler.
+        let _ = std::fs::remove_dir_all(folder.path("run"));
         let mut running = folder.spawn_train("run", &LONG);
         running.wait_for(&folder.path(FIRST_CHECKPOINT));
         running.signal(signal);
@@ -91,8 +93,8 @@ fn a_signal_saves_a_checkpoint_and_says_how_to_continue() {
             code,
             &[
                 "stopped after step ",
-                " of 400; a checkpoint is saved in run",
-                "continue with: anneal train tiny.yaml --quiet output=run train.steps=400",
+                " of 2000; a checkpoint is saved in run",
+                "continue with: anneal train tiny.yaml --quiet output=run train.steps=2000",
             ],
         );
         let step = stopped.out.split("after step ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
@@ -103,7 +105,7 @@ fn a_signal_saves_a_checkpoint_and_says_how_to_continue() {
             "no checkpoint of step {step}"
         );
     }
-    folder.anneal(&["resume", "run", "--quiet"]).succeeds(&["trained 400 steps"]);
+    folder.anneal(&["resume", "run", "--quiet"]).succeeds(&["trained 2000 steps"]);
     assert_same_run(&folder, "whole", "run", LAST);
 }
 
