@@ -60,7 +60,7 @@ fn assert_same_grids(folder: &Folder, expected: &str, run: &str) {
 #[test]
 fn a_killed_run_continues_with_the_same_bits() {
     let folder = Folder::new();
-    folder.train("whole", &LONG).succeeds(&["trained 2000 steps"]);
+    folder.train("whole", &LONG).succeeds(&["trained 2,000 steps"]);
     for _ in 0..2 {
         let seen = folder.names("run/checkpoints").len();
         let next = format!("run/checkpoints/step-{:08}", 200 * (seen + 1));
@@ -69,7 +69,7 @@ fn a_killed_run_continues_with_the_same_bits() {
         running.signal("KILL");
         assert_eq!(running.finish().status.signal(), Some(9), "it must be stopped in the middle");
     }
-    folder.train("run", &LONG).succeeds(&["trained 2000 steps"]);
+    folder.train("run", &LONG).succeeds(&["trained 2,000 steps"]);
     assert_same_run(&folder, "whole", "run", LAST);
     assert_same_grids(&folder, "whole", "run");
     assert!(
@@ -105,7 +105,7 @@ fn a_signal_saves_a_checkpoint_and_says_how_to_continue() {
             "no checkpoint of step {step}"
         );
     }
-    folder.anneal(&["resume", "run", "--quiet"]).succeeds(&["trained 2000 steps"]);
+    folder.anneal(&["resume", "run", "--quiet"]).succeeds(&["trained 2,000 steps"]);
     assert_same_run(&folder, "whole", "run", LAST);
 }
 

@@ -192,8 +192,7 @@ impl HeadPass<'_> {
         accumulate: bool,
         scratch: &Scratch,
     ) {
-        let Task { problem, targets, .. } = self.task;
-        let dim = problem.sizes.dim;
+        let (targets, dim) = (&self.task.targets, self.task.problem.sizes.dim);
         let (count, columns) = (block.range.len(), dim.div_ceil(S::LANES));
         let target = targets.query.map(|view| view.head(self.at.0, self.at.1));
         let direct = target.and_then(|rows| rows.direct::<S>(block.range.start, dim));
