@@ -50,6 +50,14 @@ impl Ahead {
         }
     }
 
+    /// Forgets what was asked for.
+    pub fn restart(&mut self) {
+        self.count = 0;
+        self.set.set(0);
+        self.row.set(0);
+        self.offset.set(0);
+    }
+
     /// Adds `rows` rows of `width` elements from row `start` on.
     pub fn add(&mut self, source: HeadRows, start: usize, rows: usize, width: usize) {
         let (first, stride, bytes) = source.extent(start, width);

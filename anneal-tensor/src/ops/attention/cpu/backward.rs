@@ -53,10 +53,10 @@ pub(super) fn run(
     let view = |gradient: &Option<Tensor>| gradient.as_ref().map(View::of_heads);
     let targets =
         Targets { query: view(&gradients.query), key: view(&gradients.key), value: view(&gradients.value) };
-    let cut = Cut::new(&problem.sizes);
+    let cut = Cut::of_backward(&problem.sizes);
     if cut.parts == 1 {
         cut.run(pool, problem.sizes.queries, |share| {
-            dispatch(Task { problem, saved, targets, share, partials: None });
+            dispatch(problem.unit, Task { problem, saved, targets, share, partials: None });
         });
         return Ok(());
     }
@@ -67,9 +67,9 @@ pub(super) fn run(
     let memory = Shared::new(memory.pointer::<f32>());
     let partials = Partials { memory, parts: cut.parts, rows: problem.sizes.keys, width };
     cut.run(pool, problem.sizes.queries, |share| {
-        dispatch(Task { problem, saved, targets, share, partials: Some(partials) });
+        dispatch(problem.unit, Task { problem, saved, targets, share, partials: Some(partials) });
     });
-    pool.run(cut.heads, |head| dispatch(AddUp { problem, targets, partials, head }));
+    pool.run(cut.heads, |head| dispatch(problem.unit, AddUp { problem, targets, partials, head }));
     Ok(())
 }
 
@@ -94,8 +94,9 @@ impl Work for Task<'_> {
         with_scratch(pieces, |pieces| {
             let [b0, b1, b2, b3, b4, b5, b6, b7, b8, key, value, index, query, key_sums, value_sums] = pieces;
             let scratch = Scratch::new([b0, b1, b2, b3, b4, b5, b6, b7, b8]);
+            let mut ahead = Ahead::nothing();
             for head in self.share.heads.clone() {
-                let ahead = self.ahead(head);
+                self.look_ahead(&mut ahead, head);
                 let at = (head / sizes.heads, head % sizes.heads);
                 // SAFETY: scratch has the sizes asked for; tasks own disjoint rows of the targets.
                 unsafe {
@@ -116,9 +117,9 @@ impl Work for Task<'_> {
 }
 
 impl Task<'_> {
-    /// The rows of the head after `head`.
-    fn ahead(&self, head: usize) -> Ahead {
-        let mut ahead = Ahead::nothing();
+    /// Aims at the rows of the head after `head`.
+    fn look_ahead(&self, ahead: &mut Ahead, head: usize) {
+        ahead.restart();
         let sizes = &self.problem.sizes;
         if let Some((next, queries)) = self.share.after(head) {
             let at = (next / sizes.heads, next % sizes.heads);
@@ -132,7 +133,6 @@ impl Task<'_> {
                 ahead.add(view.head(at.0, at.1), 0, sizes.keys, sizes.dim);
             }
         }
-        ahead
     }
 }
 
@@ -154,10 +154,13 @@ impl HeadPass<'_> {
         let dim = problem.sizes.dim;
         let gradients =
             [targets.key, targets.value].map(|view| view.map(|view| view.head(self.at.0, self.at.1)));
-        // With a single block of queries the products write the gradients where they belong.
-        let single =
-            queries.len() <= block_queries::<S>() && partials.is_none() && self.keys.list.index.is_none();
-        let direct = gradients.map(|rows| rows.filter(|_| single).and_then(|rows| rows.direct::<S>(0, dim)));
+        // Where rows are f32 and lie well, the products write and add to the gradients themselves.
+        let whole = partials.is_none() && self.keys.list.index.is_none();
+        let single = queries.len() <= block_queries::<S>();
+        let direct = gradients.map(|rows| {
+            let rows = rows.filter(|rows| whole && (single || !rows.rows_collide()));
+            rows.and_then(|rows| rows.direct::<S>(0, dim))
+        });
         // SAFETY: the caller's promise.
         unsafe {
             let sums = [0, 1].map(|which| match partials {
@@ -170,8 +173,16 @@ impl HeadPass<'_> {
             }
             for start in queries.clone().step_by(block_queries::<S>()) {
                 let range = start..(start + block_queries::<S>()).min(queries.end);
-                let block =
-                    Queries::read(simd, problem, self.task.saved, self.at, range, problem.scale, scratch);
+                let block = Queries::read(
+                    simd,
+                    problem,
+                    self.task.saved,
+                    self.at,
+                    range,
+                    self.keys.list.count,
+                    problem.scale,
+                    scratch,
+                );
                 self.block(simd, &block, sums, start > queries.start, scratch);
             }
             for which in [0, 1] {
@@ -195,8 +206,9 @@ impl HeadPass<'_> {
         let (targets, dim) = (&self.task.targets, self.task.problem.sizes.dim);
         let (count, columns) = (block.range.len(), dim.div_ceil(S::LANES));
         let target = targets.query.map(|view| view.head(self.at.0, self.at.1));
-        let direct = target.and_then(|rows| rows.direct::<S>(block.range.start, dim));
-        let direct = direct.filter(|_| (1..=KEY_BLOCK).contains(&self.keys.list.count));
+        let single = self.keys.list.count <= KEY_BLOCK;
+        let direct = target.filter(|rows| self.keys.list.count > 0 && (single || !rows.rows_collide()));
+        let direct = direct.and_then(|rows| rows.direct::<S>(block.range.start, dim));
         let query = direct.unwrap_or(self.query);
         // SAFETY: the caller's promise.
         unsafe {
@@ -204,27 +216,12 @@ impl HeadPass<'_> {
                 let rows = KEY_BLOCK.min(self.keys.list.count - start);
                 let (p, ds) = block.scores(simd, self.keys, start..start + rows, scratch, self.ahead);
                 let shape = Shape { rows, columns, depth: count };
-                if targets.value.is_some() {
-                    product(
-                        simd,
-                        shape,
-                        Left::rows(p),
-                        block.upstream,
-                        value_sums.at(start, 0),
-                        accumulate,
-                        self.ahead,
-                    );
-                }
-                if targets.key.is_some() {
-                    product(
-                        simd,
-                        shape,
-                        Left::rows(ds),
-                        block.query,
-                        key_sums.at(start, 0),
-                        accumulate,
-                        self.ahead,
-                    );
+                let of_values = (targets.value, p, block.upstream, value_sums);
+                for (wanted, left, right, sums) in [of_values, (targets.key, ds, block.query, key_sums)] {
+                    if wanted.is_some() {
+                        let (left, sums) = (Left::rows(left), sums.at(start, 0));
+                        product(simd, shape, left, right, sums, accumulate, self.ahead);
+                    }
                 }
                 if target.is_some() {
                     let shape = Shape { rows: count, columns, depth: rows };

@@ -26,14 +26,15 @@ pub(super) fn run(pool: &ThreadPool, problem: &Problem, saved: &Saved, gradient:
         let (pair, part) = (task / parts, task % parts);
         let (batch, head) = (pair / heads, pair % heads);
         let start = part * LEAST_QUERIES;
-        dispatch(Task {
+        let task = Task {
             problem,
             saved,
             target,
             batches: members(batches, batch, problem.sizes.batch),
             heads: members(heads, head, problem.sizes.heads),
             queries: start..(start + LEAST_QUERIES).min(problem.sizes.queries),
-        });
+        };
+        dispatch(problem.unit, task);
     });
 }
 
@@ -97,7 +98,8 @@ impl Task<'_> {
             let count = range.len();
             // SAFETY: as in `run`.
             unsafe {
-                let block = Queries::read(simd, self.problem, self.saved, at, range, 1.0, scratch);
+                let block =
+                    Queries::read(simd, self.problem, self.saved, at, range, keys.list.count, 1.0, scratch);
                 for first in (0..keys.list.count).step_by(KEY_BLOCK) {
                     let depth = KEY_BLOCK.min(keys.list.count - first);
                     let (_, gradients) = block.scores(simd, keys, first..first + depth, scratch, &ahead);

@@ -175,6 +175,8 @@ pub(super) struct Queries<'a> {
     /// `[D, queries]`, times the upstream factor.
     upstream_transposed: Rows<*const f32>,
     lanes: Lanes,
+    /// Whether `delta` is known before the scores.
+    from_output: bool,
 }
 
 /// A number for each query.
@@ -186,7 +188,7 @@ struct Lanes {
 }
 
 impl<'a> Queries<'a> {
-    /// `upstream_factor` multiplies the gradient of the scores.
+    /// `keys` take part in all; `upstream_factor` multiplies the gradient of the scores.
     ///
     /// # Safety
     /// The range is one block within the problem; scratch has the sizes of [`Scratch::sizes`].
@@ -197,6 +199,7 @@ impl<'a> Queries<'a> {
         saved: &Saved,
         (batch, head): (usize, usize),
         range: Range<usize>,
+        keys: usize,
         upstream_factor: f32,
         scratch: &Scratch,
     ) -> Self {
@@ -210,10 +213,14 @@ impl<'a> Queries<'a> {
                 |view: View, scratch| few_rows(simd, view.head(batch, head), start, count, dim, scratch);
             let query = rows(problem.query, scratch.query_rows);
             let upstream = rows(saved.upstream, scratch.upstream_rows);
-            let output = rows(saved.output, scratch.output_rows);
             let first = (batch * problem.sizes.heads + head) * problem.sizes.queries + start;
             lanes.log_sums[..count].copy_from_slice(saved.log_sums.slice(first, count));
-            lanes.row_products(simd, upstream, output, count, dim, upstream_factor);
+            // Keys of a single block give the same from `p` and `dp`, without the output.
+            let from_output = keys > KEY_BLOCK;
+            if from_output {
+                let output = rows(saved.output, scratch.output_rows);
+                lanes.row_products(simd, upstream, output, count, dim, upstream_factor);
+            }
             let factor = problem.scale * std::f32::consts::LOG2_E;
             let query_transposed = Rows::new(scratch.query, width);
             let query_transposed = transposed(simd, query, count, dim, factor, query_transposed);
@@ -231,6 +238,7 @@ impl<'a> Queries<'a> {
                 query_transposed,
                 upstream_transposed,
                 lanes,
+                from_output,
             }
         }
     }
@@ -269,7 +277,11 @@ impl<'a> Queries<'a> {
                 let bias = bias.head(self.batch, self.head);
                 add_bias(simd, bias, self.range.clone(), keys.list, range.clone(), scores, scratch.bias);
             }
-            self.lanes.apply(simd, scores, gradients, range.len(), self.vectors);
+            if self.from_output {
+                self.lanes.apply::<S, false>(simd, scores, gradients, range.len(), self.vectors);
+            } else {
+                self.lanes.apply::<S, true>(simd, scores, gradients, range.len(), self.vectors);
+            }
         }
         (scores.read(), gradients.read())
     }
@@ -305,9 +317,10 @@ impl Lanes {
         );
     }
 
-    /// `p = 2^(score - log_sum)` in place of the scores, `ds = p * (dp - delta)` in place of `dp`.
+    /// `p = 2^(score - log_sum)` in place of the scores, `ds = p * (dp - delta)` in place of `dp`;
+    /// with `ALL` keys at hand, `delta` is the sum of `p * dp` (the same as `rowsum(do * o)`).
     #[inline(always)]
-    unsafe fn apply<S: Simd>(
+    unsafe fn apply<S: Simd, const ALL: bool>(
         &self,
         simd: S,
         scores: Rows<*mut f32>,
@@ -323,13 +336,23 @@ impl Lanes {
                     // SAFETY: lanes lie within the arrays, keys within the rows.
                     unsafe {
                         let log_sum = simd.load(self.log_sums.as_ptr().add(lanes));
-                        let delta = simd.load(self.delta.as_ptr().add(lanes));
+                        let mut delta = simd.load(self.delta.as_ptr().add(lanes));
+                        let (scores, gradients) = (scores.at(0, lanes), gradients.at(0, lanes));
                         for key in 0..keys {
-                            let place = scores.row(key).add(lanes);
-                            let p = simd.exp2(simd.sub(simd.load(place), log_sum));
-                            simd.store(place, p);
-                            let place = gradients.row(key).add(lanes);
-                            simd.store(place, simd.mul(p, simd.sub(simd.load(place), delta)));
+                            let p = simd.exp2(simd.sub(simd.load(scores.row(key)), log_sum));
+                            simd.store(scores.row(key), p);
+                            let dp = simd.load(gradients.row(key));
+                            if ALL {
+                                delta = simd.mul_add(p, dp, delta);
+                            } else {
+                                simd.store(gradients.row(key), simd.mul(p, simd.sub(dp, delta)));
+                            }
+                        }
+                        if ALL {
+                            for key in 0..keys {
+                                let (p, dp) = (simd.load(scores.row(key)), simd.load(gradients.row(key)));
+                                simd.store(gradients.row(key), simd.mul(p, simd.sub(dp, delta)));
+                            }
                         }
                     }
                 }

@@ -16,7 +16,7 @@ use crate::parallel::Shared;
 /// Vectors of queries in a block.
 const QUERY_VECTORS: usize = 4;
 /// Keys in a block: scores and values of a block stay in the first-level cache.
-const KEY_BLOCK: usize = 256;
+const KEY_BLOCK: usize = 128;
 /// Widest block of queries on any vector unit.
 const MOST_QUERIES: usize = QUERY_VECTORS * 16;
 
@@ -30,7 +30,7 @@ pub(super) struct Target {
 
 /// A share of the heads and queries.
 pub(super) fn run(problem: &Problem, target: Target, share: Share) {
-    dispatch(Task { problem, target, share });
+    dispatch(problem.unit, Task { problem, target, share });
 }
 
 struct Task<'a> {
@@ -71,8 +71,9 @@ impl Work for Task<'_> {
         with_scratch(sizes, |[query_rows, query, scores, output, bias_rows, bias, key, value, index]| {
             let bias = BiasScratch { rows: bias_rows, transposed: bias };
             let scratch = Scratch { query_rows, query, scores, output, bias };
+            let mut ahead = Ahead::nothing();
             for index_of_head in self.share.heads.clone() {
-                let ahead = self.ahead(index_of_head);
+                self.look_ahead(&mut ahead, index_of_head);
                 let (batch, head) =
                     (index_of_head / self.problem.sizes.heads, index_of_head % self.problem.sizes.heads);
                 // SAFETY: scratch has the sizes asked for; tasks own disjoint rows of the target.
@@ -97,9 +98,9 @@ impl Work for Task<'_> {
 }
 
 impl Task<'_> {
-    /// The rows of the head after `head`.
-    fn ahead(&self, head: usize) -> Ahead {
-        let mut ahead = Ahead::nothing();
+    /// Aims at the rows of the head after `head`.
+    fn look_ahead(&self, ahead: &mut Ahead, head: usize) {
+        ahead.restart();
         let sizes = &self.problem.sizes;
         if let Some((next, queries)) = self.share.after(head) {
             let (batch, head) = (next / sizes.heads, next % sizes.heads);
@@ -108,7 +109,6 @@ impl Task<'_> {
             ahead.add(self.problem.value.head(batch, head), 0, sizes.keys, sizes.dim);
             ahead.add(self.target.output.head(batch, head), queries.start, queries.len(), sizes.dim);
         }
-        ahead
     }
 }
 

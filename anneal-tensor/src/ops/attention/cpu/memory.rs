@@ -199,8 +199,17 @@ impl HeadRows {
                 let start = self.memory.pointer().cast::<T>().add(index * self.stride);
                 std::slice::from_raw_parts_mut(start, values.len())
             };
-            for (to, from) in target.iter_mut().zip(values) {
-                *to = T::from_f32(from * factor);
+            let (target, last_target) = target.as_chunks_mut::<PIECE>();
+            let (values, last_values) = values.as_chunks::<PIECE>();
+            for (target, values) in target.iter_mut().zip(values) {
+                let mut written = [T::from_f32(0.0); PIECE];
+                for index in 0..PIECE {
+                    written[index] = T::from_f32(values[index] * factor);
+                }
+                *target = written;
+            }
+            for (target, value) in last_target.iter_mut().zip(last_values) {
+                *target = T::from_f32(value * factor);
             }
         });
     }
@@ -217,18 +226,21 @@ impl HeadRows {
     }
 }
 
-/// Converts a short row, in pieces of fixed size that need no loop, and fills up with zeros.
+/// Elements that short rows are converted by: all of a piece are read before one is written,
+/// because the compiler cannot know that the rows do not overlap.
+const PIECE: usize = 16;
+
+/// Converts a row and fills up with zeros.
 #[inline(always)]
 fn convert<T: Float>(source: &[T], target: &mut [f32]) {
-    const PIECE: usize = 16;
-    let whole = source.len() - source.len() % PIECE;
-    let (source, last_source) = source.split_at(whole);
-    let (target, last_target) = target.split_at_mut(whole);
-    for (target, source) in target.chunks_exact_mut(PIECE).zip(source.chunks_exact(PIECE)) {
-        // All of a piece is read before it is written, because the compiler cannot know that
-        // the rows do not overlap.
-        let values: [f32; PIECE] = std::array::from_fn(|index| source[index].to_f32());
-        target.copy_from_slice(&values);
+    let (source, last_source) = source.as_chunks::<PIECE>();
+    let (target, last_target) = target.split_at_mut(source.len() * PIECE);
+    for (target, source) in target.as_chunks_mut::<PIECE>().0.iter_mut().zip(source) {
+        let mut values = [0.0; PIECE];
+        for index in 0..PIECE {
+            values[index] = source[index].to_f32();
+        }
+        *target = values;
     }
     if !last_target.is_empty() {
         let mut values = [0.0; PIECE];
@@ -241,6 +253,9 @@ fn convert<T: Float>(source: &[T], target: &mut [f32]) {
 #[repr(align(64))]
 struct CacheLine(#[expect(dead_code, reason = "memory, used through pointers")] [f32; 16]);
 
+/// Cache lines between pieces of scratch.
+const STAGGER: usize = 5;
+
 thread_local! {
     static SCRATCH: RefCell<Vec<CacheLine>> = const { RefCell::new(Vec::new()) };
 }
@@ -250,7 +265,8 @@ thread_local! {
 #[inline(always)]
 pub(super) fn with_scratch<const N: usize>(sizes: [usize; N], work: impl FnOnce([*mut f32; N])) {
     SCRATCH.with_borrow_mut(|memory| {
-        let lines = sizes.map(|size| size.div_ceil(16));
+        // Pieces begin at different places within a page: else a store to one delays loads of another.
+        let lines = sizes.map(|size| size.div_ceil(16) + STAGGER);
         let total = lines.iter().sum();
         if memory.len() < total {
             memory.resize(total, CacheLine([0.0; 16]));

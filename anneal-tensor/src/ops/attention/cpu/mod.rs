@@ -20,9 +20,11 @@ use super::{Gradients, Operands, Saved, Sizes};
 use crate::parallel::Shared;
 use crate::{Result, Tensor};
 use memory::View;
+use simd::Unit;
 
 /// What all kernels know.
 struct Problem {
+    unit: Unit,
     sizes: Sizes,
     scale: f32,
     query: View,
@@ -40,9 +42,10 @@ struct Mask {
 }
 
 impl Problem {
-    fn new(sizes: &Sizes, scale: f32, operands: &Operands) -> Self {
+    fn new(unit: Unit, sizes: &Sizes, scale: f32, operands: &Operands) -> Self {
         let mask = operands.mask.as_ref();
         Self {
+            unit,
             sizes: *sizes,
             scale,
             query: View::of_heads(&operands.query),
@@ -57,9 +60,7 @@ impl Problem {
 
 /// Multiply-adds per task: enough to hide the fork.
 const WORK_PER_TASK: usize = 1 << 20;
-/// Tasks that a problem is cut into if it is large enough, whatever the number of threads.
-const WANTED_TASKS: usize = 64;
-/// Fewest queries of a task of its own: each copies the keys and values of its head.
+/// Queries that a block of any vector unit holds at most.
 const LEAST_QUERIES: usize = 64;
 
 /// How work is cut into tasks: small heads share one, a large head is cut along its queries.
@@ -71,10 +72,21 @@ struct Cut {
 }
 
 impl Cut {
-    fn new(sizes: &Sizes) -> Self {
+    /// Forward gives the same bits however it is cut, so that the threads may decide.
+    fn of_forward(sizes: &Sizes, threads: usize) -> Self {
+        Self::new(sizes, 4 * threads, LEAST_QUERIES)
+    }
+
+    /// The parts of a head are added up, so that their number depends on the sizes alone; there
+    /// are few, because each has gradients of all keys of its head.
+    fn of_backward(sizes: &Sizes) -> Self {
+        Self::new(sizes, 32, 256)
+    }
+
+    fn new(sizes: &Sizes, wanted_tasks: usize, least_queries: usize) -> Self {
         let heads = sizes.batch * sizes.heads;
         let work = 2 * sizes.queries * sizes.keys * sizes.dim;
-        let parts = (WANTED_TASKS / heads.max(1)).min(sizes.queries / LEAST_QUERIES).max(1);
+        let parts = (wanted_tasks / heads.max(1)).min(sizes.queries / least_queries).max(1);
         let parts = if work / parts < WORK_PER_TASK { 1 } else { parts };
         let heads_per_task = if parts > 1 { 1 } else { (WORK_PER_TASK / work.max(1)).max(1) };
         Self { heads, parts, heads_per_task }
@@ -117,10 +129,19 @@ struct Share {
 impl Share {
     /// What comes after head `head` of this share.
     fn after(&self, head: usize) -> Option<(usize, Range<usize>)> {
+        if self.queries.len() < LEAST_QUERIES {
+            // Too little work for all the requests, and rows of small heads follow each other closely.
+            return None;
+        }
         if head + 1 < self.heads.end { Some((head + 1, self.queries.clone())) } else { self.next.clone() }
     }
 }
 
+fn widest_unit() -> Unit {
+    Unit::present().next().expect("plain arrays are always there")
+}
+
+/// Writes the output `[B, N, H, D]` and, for backward, the logarithms of the sums `[B, H, N]`.
 pub(super) fn forward(
     pool: &ThreadPool,
     sizes: &Sizes,
@@ -129,13 +150,21 @@ pub(super) fn forward(
     output: &Tensor,
     log_sums: Option<&Tensor>,
 ) {
-    let problem = Problem::new(sizes, scale, operands);
-    let log_sums = log_sums.map(|tensor| Shared::new(tensor.pointer::<f32>()));
-    let cut = Cut::new(sizes);
-    let target = forward::Target { output: View::of_heads(output), log_sums };
-    cut.run(pool, sizes.queries, |share| forward::run(&problem, target, share));
+    let problem = Problem::new(widest_unit(), sizes, scale, operands);
+    forward_of(pool, &problem, output, log_sums);
 }
 
+fn forward_of(pool: &ThreadPool, problem: &Problem, output: &Tensor, log_sums: Option<&Tensor>) {
+    let log_sums = log_sums.map(|tensor| Shared::new(tensor.pointer::<f32>()));
+    let target = forward::Target { output: View::of_heads(output), log_sums };
+    let cut = Cut::of_forward(&problem.sizes, pool.threads());
+    cut.run(pool, problem.sizes.queries, |share| forward::run(problem, target, share));
+}
+
+/// Writes the wanted gradients.
+///
+/// # Errors
+/// If there is no memory for partial sums.
 pub(super) fn backward(
     pool: &ThreadPool,
     sizes: &Sizes,
@@ -144,17 +173,24 @@ pub(super) fn backward(
     saved: &Saved,
     gradients: &Gradients,
 ) -> Result<()> {
-    let problem = Problem::new(sizes, scale, operands);
-    let saved_views = block::Saved {
+    let problem = Problem::new(widest_unit(), sizes, scale, operands);
+    backward_of(pool, &problem, saved, gradients)
+}
+
+fn backward_of(pool: &ThreadPool, problem: &Problem, saved: &Saved, gradients: &Gradients) -> Result<()> {
+    let views = block::Saved {
         upstream: View::of_heads(&saved.upstream),
         output: View::of_heads(&saved.output),
         log_sums: Shared::new(saved.log_sums.pointer::<f32>()),
     };
     if gradients.query.is_some() || gradients.key.is_some() || gradients.value.is_some() {
-        backward::run(pool, &problem, &saved_views, gradients, saved.output.device())?;
+        backward::run(pool, problem, &views, gradients, saved.output.device())?;
     }
     if let Some(bias) = &gradients.bias {
-        bias_gradient::run(pool, &problem, &saved_views, bias);
+        bias_gradient::run(pool, problem, &views, bias);
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

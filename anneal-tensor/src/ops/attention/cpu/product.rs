@@ -5,7 +5,7 @@
 //! Attention keeps scores as `[keys, queries]`, so that no product needs a transposed score.
 //! Each element of the target sums over the depth in order, however the tiles are cut.
 
-use super::ahead::{Ahead, Requests};
+use super::ahead::Ahead;
 use super::simd::{Rows, Simd};
 
 /// The left operand: element (row, depth) at `row * row_stride + depth * depth_stride`,
@@ -26,6 +26,14 @@ impl Left {
     /// Memory holds the transposed operand: each of its rows is one step in depth.
     pub fn columns(rows: Rows<*const f32>) -> Self {
         Self { pointer: rows.pointer, stride: rows.stride, transposed: true }
+    }
+
+    /// The same from row `row` on.
+    #[inline(always)]
+    unsafe fn below(self, row: usize) -> Self {
+        let step = if self.transposed { 1 } else { self.stride };
+        // SAFETY: the caller names a row of the operand, or the one after the last.
+        Self { pointer: unsafe { self.pointer.add(row * step) }, ..self }
     }
 }
 
@@ -54,55 +62,62 @@ pub(super) unsafe fn product<S: Simd>(
     for chunk in 0..chunks {
         let column = shape.columns * chunk / chunks;
         let columns = shape.columns * (chunk + 1) / chunks - column;
-        // Tiles of nearly equal height, so that none is too short to fill the pipeline.
-        let tiles = shape.rows.div_ceil(S::most_rows(columns));
-        for tile in 0..tiles {
-            let row = shape.rows * tile / tiles;
-            let rows = shape.rows * (tile + 1) / tiles - row;
-            // SAFETY: tiles lie within the shape.
-            unsafe {
-                let step = if left.transposed { 1 } else { left.stride };
-                let tile = Tile {
-                    left: Left { pointer: left.pointer.add(row * step), ..left },
-                    right: right.at(0, column * S::LANES),
-                    target: target.at(row, column * S::LANES),
-                    depth: shape.depth,
-                    accumulate,
-                    requests: ahead.requests(shape.depth / UNROLL),
-                };
-                tile.run(simd, rows, columns);
+        let (tiles, height) = equal_tiles(shape.rows, S::most_rows(columns));
+        // SAFETY: tiles lie within the shape.
+        unsafe {
+            let (right, target) = (right.at(0, column * S::LANES), target.at(0, column * S::LANES));
+            let column = TileColumn { left, right, target, depth: shape.depth, accumulate, ahead };
+            column.run(simd, tiles, height, columns);
+            let done = tiles * height;
+            if done < shape.rows {
+                let left = left.below(done);
+                let rest = TileColumn { left, target: target.at(done, 0), ..column };
+                rest.run(simd, 1, shape.rows - done, columns);
             }
         }
     }
 }
 
-/// Steps in depth between two tests of the loop.
-const UNROLL: usize = 2;
+/// Number and height of tiles of nearly equal height, so that none is too short to fill the
+/// pipeline; less than one tile may remain.
+#[inline(always)]
+fn equal_tiles(rows: usize, most: usize) -> (usize, usize) {
+    if rows <= most {
+        return (1, rows);
+    }
+    let height = rows.div_ceil(rows.div_ceil(most));
+    (rows / height, height)
+}
 
-struct Tile {
+/// Steps in depth between two tests of the loop.
+const UNROLL: usize = 4;
+
+/// Tiles of one height below each other.
+struct TileColumn<'a> {
     left: Left,
     right: Rows<*const f32>,
     target: Rows<*mut f32>,
     depth: usize,
     accumulate: bool,
-    requests: Requests,
+    ahead: &'a Ahead,
 }
 
-impl Tile {
+impl TileColumn<'_> {
     #[inline(always)]
-    unsafe fn run<S: Simd>(&self, simd: S, rows: usize, columns: usize) {
+    unsafe fn run<S: Simd>(&self, simd: S, tiles: usize, rows: usize, columns: usize) {
         macro_rules! sizes {
             ($($columns:literal: $($rows:literal)*;)*) => {
                 match (columns, rows) {
                     // SAFETY: the caller's promise.
                     $($(($columns, $rows) => unsafe {
                         if self.left.transposed {
-                            self.sized::<S, $rows, $columns, true>(simd)
+                            self.sized::<S, $rows, $columns, true>(simd, tiles)
                         } else {
-                            self.sized::<S, $rows, $columns, false>(simd)
+                            self.sized::<S, $rows, $columns, false>(simd, tiles)
                         }
                     },)*)*
-                    _ => unreachable!("no tile of {rows} x {columns}"),
+                    // Nothing to compute.
+                    _ => debug_assert!(tiles == 0 || rows == 0, "no tile of {rows} x {columns}"),
                 }
             };
         }
@@ -115,43 +130,67 @@ impl Tile {
         }
     }
 
-    unsafe fn sized<S: Simd, const R: usize, const C: usize, const TRANSPOSED: bool>(&self, simd: S) {
-        let Tile { left, right, target, depth, accumulate, mut requests } = *self;
+    unsafe fn sized<S: Simd, const R: usize, const C: usize, const TRANSPOSED: bool>(
+        &self,
+        simd: S,
+        tiles: usize,
+    ) {
+        let Self { mut left, right, mut target, depth, accumulate, ahead } = *self;
         simd.call(
             #[inline(always)]
             || {
-                let mut sums = [[simd.splat(0.0); C]; R];
-                // SAFETY: the caller's promise.
-                unsafe {
-                    if accumulate {
-                        for r in 0..R {
-                            for c in 0..C {
-                                sums[r][c] = simd.load(target.row(r).add(c * S::LANES));
-                            }
-                        }
-                    }
-                    let (mut left, mut right) = (left, right);
-                    // Few iterations, so that the processor foresees the end of the loop; tall tiles of
-                    // rows far apart have too many addresses for it.
-                    let mut rest = depth;
-                    if TRANSPOSED || R <= 8 {
-                        for _ in 0..depth / UNROLL {
-                            steps::<S, R, C, UNROLL, TRANSPOSED>(simd, &mut sums, &mut left, &mut right);
-                            requests.next();
-                        }
-                        rest = depth % UNROLL;
-                    }
-                    for _ in 0..rest {
-                        steps::<S, R, C, 1, TRANSPOSED>(simd, &mut sums, &mut left, &mut right);
-                    }
-                    for r in 0..R {
-                        for c in 0..C {
-                            simd.store(target.row(r).add(c * S::LANES), sums[r][c]);
-                        }
+                for _ in 0..tiles {
+                    // SAFETY: the caller's promise.
+                    unsafe {
+                        tile::<S, R, C, TRANSPOSED>(simd, left, right, target, depth, accumulate, ahead);
+                        left = left.below(R);
+                        target = target.at(R, 0);
                     }
                 }
             },
         )
+    }
+}
+
+#[inline(always)]
+unsafe fn tile<S: Simd, const R: usize, const C: usize, const TRANSPOSED: bool>(
+    simd: S,
+    mut left: Left,
+    mut right: Rows<*const f32>,
+    target: Rows<*mut f32>,
+    depth: usize,
+    accumulate: bool,
+    ahead: &Ahead,
+) {
+    let mut sums = [[simd.splat(0.0); C]; R];
+    let mut requests = ahead.requests(depth / UNROLL);
+    // SAFETY: the caller's promise.
+    unsafe {
+        if accumulate {
+            for r in 0..R {
+                for c in 0..C {
+                    sums[r][c] = simd.load(target.row(r).add(c * S::LANES));
+                }
+            }
+        }
+        // Few iterations, so that the processor foresees the end of the loop; tall tiles of
+        // rows far apart have too many addresses for it.
+        let mut rest = depth;
+        if TRANSPOSED || R <= 8 {
+            for _ in 0..depth / UNROLL {
+                steps::<S, R, C, UNROLL, TRANSPOSED>(simd, &mut sums, &mut left, &mut right);
+                requests.next();
+            }
+            rest = depth % UNROLL;
+        }
+        for _ in 0..rest {
+            steps::<S, R, C, 1, TRANSPOSED>(simd, &mut sums, &mut left, &mut right);
+        }
+        for r in 0..R {
+            for c in 0..C {
+                simd.store(target.row(r).add(c * S::LANES), sums[r][c]);
+            }
+        }
     }
 }
 

@@ -4,6 +4,11 @@
 //! instructions, so its methods are safe but where they take pointers.
 //! Code must run inside [`Simd::call`] for the methods to become single instructions.
 
+/// `2^x` on [-1/2, 1/2], highest power first: minimax in relative error with the constant held
+/// at 1 (Lawson's iteration), so that the linear term is not the logarithm of 2.
+#[allow(clippy::approx_constant)]
+const EXP2: [f32; 6] = [0.001_326_472_7, 0.009_671_513, 0.055_507_336, 0.240_222_42, 0.693_147, 1.0];
+
 /// A vector unit.
 pub(super) trait Simd: Copy + Send + Sync + 'static {
     type Vector: Copy;
@@ -49,10 +54,9 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
         let x = self.max(self.splat(-127.0), x);
         let shifted = self.add(x, rounding);
         let r = self.sub(x, self.sub(shifted, rounding));
-        // Minimax in relative error on [-1/2, 1/2] with the constant held at 1 (Lawson's iteration).
-        let mut p = self.splat(0.001_326_472_7);
-        for coefficient in [0.009_671_513, 0.055_507_336, 0.240_222_42, std::f32::consts::LN_2, 1.0] {
-            p = self.mul_add(p, r, self.splat(coefficient));
+        let mut p = self.splat(EXP2[0]);
+        for coefficient in &EXP2[1..] {
+            p = self.mul_add(p, r, self.splat(*coefficient));
         }
         self.scale_exponent(p, shifted)
     }
@@ -113,18 +117,36 @@ pub(super) trait Work {
     fn run<S: Simd>(self, simd: S);
 }
 
-/// Runs `work` on the widest vector unit of this machine.
-pub(super) fn dispatch(work: impl Work) {
+/// A vector unit that this machine has.
+#[derive(Clone, Copy)]
+pub(super) enum Unit {
     #[cfg(target_arch = "x86_64")]
-    {
-        if let Some(simd) = x86::Avx512::detect() {
-            return work.run(simd);
-        }
-        if let Some(simd) = x86::Avx2::detect() {
-            return work.run(simd);
-        }
+    Avx512(x86::Avx512),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(x86::Avx2),
+    Plain,
+}
+
+impl Unit {
+    /// All of this machine, the widest first.
+    pub fn present() -> impl Iterator<Item = Self> {
+        #[cfg(target_arch = "x86_64")]
+        let vectors = [x86::Avx512::detect().map(Self::Avx512), x86::Avx2::detect().map(Self::Avx2)];
+        #[cfg(not(target_arch = "x86_64"))]
+        let vectors: [Option<Self>; 0] = [];
+        vectors.into_iter().flatten().chain([Self::Plain])
     }
-    work.run(portable::Plain)
+}
+
+/// Runs `work` on a vector unit.
+pub(super) fn dispatch(unit: Unit, work: impl Work) {
+    match unit {
+        #[cfg(target_arch = "x86_64")]
+        Unit::Avx512(simd) => work.run(simd),
+        #[cfg(target_arch = "x86_64")]
+        Unit::Avx2(simd) => work.run(simd),
+        Unit::Plain => work.run(portable::Plain),
+    }
 }
 
 pub(super) mod portable;
