@@ -131,6 +131,9 @@ fn kill_again_and_again() {
     assert_eq!(lock.epoch(), KILLS + 1);
     let names = std::fs::read_dir(run.join("checkpoints")).unwrap().map(|entry| entry.unwrap().file_name());
     assert!(names.into_iter().all(|name| !name.to_string_lossy().starts_with('.')), "left-overs are gone");
-    assert_eq!(list(run).unwrap().last().unwrap().0, newest);
+    // The last writer may have been killed between the two renames that replace a step which none of the looks
+    // above saw: taking the lock gave that step back.
+    let last = list(run).unwrap().last().unwrap().0;
+    assert!((newest..=newest + 1).contains(&last), "step {newest} was seen, and now the newest is {last}");
     println!("test kill_again_and_again ... ok");
 }
