@@ -108,6 +108,7 @@ fn normal_rows(device: &Device, sizes: &[usize], streams: Vec<Stream>) -> anneal
         Device::Cpu(cpu) => parts_mut(&cpu.pool, noise.data_mut::<f32>(), row.max(1), |index, part| {
             streams[index].clone().fill_normal(part);
         }),
+        Device::Cuda(_) => return Err(anneal_tensor::TensorError::unsupported_device("normal")),
     }
     Ok(noise)
 }

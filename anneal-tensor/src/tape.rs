@@ -148,7 +148,7 @@ impl Tape {
             let message = format!("the loss must be one f32 number, found {loss:?}");
             return Err(TensorError::Backward { message });
         }
-        let seed = Tensor::from_slice(loss.device(), &[scale], loss.dims())?;
+        let seed = Tensor::full(loss.device(), scale, loss.dims())?;
         self.backward_from(vec![(loss.clone(), seed)])
     }
 

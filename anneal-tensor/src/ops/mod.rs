@@ -46,7 +46,15 @@ pub use row_norm::{gate_residual_layer_norm_modulate, layer_norm, layer_norm_mod
 pub use softmax::softmax;
 pub use unary::{Gelu, add_scalar, clamp, exp, gelu, log, neg, scale, sigmoid, silu, sqrt, square, tanh};
 
+use anneal_device::cuda::Variant;
+
 use crate::{Outputs, Tensor};
+
+/// The kernels of every op; each `cuda.rs` names its own.
+pub(crate) fn kernel_variants() -> Vec<Variant> {
+    let all: [fn() -> Vec<Variant>; 1] = [cast::cuda::variants];
+    all.into_iter().flat_map(|of_op| of_op()).collect()
+}
 
 /// The only output of an op that has one.
 pub(crate) fn only(outputs: Outputs) -> Tensor {

@@ -24,6 +24,7 @@ pub(crate) fn add_owned(a: Tensor, b: Tensor) -> Result<Tensor> {
     }
     match a.device().clone() {
         Device::Cpu(cpu) => cpu::add_assign(&cpu.pool, &mut a, &b)?,
+        Device::Cuda(_) => return Err(TensorError::unsupported_device("accumulate")),
     }
     Ok(a)
 }
@@ -37,5 +38,6 @@ pub(crate) fn into_sink(op: &'static str, mut sink: Sink, gradient: &Tensor) -> 
     let gradient = gradient.contiguous()?;
     match gradient.device().clone() {
         Device::Cpu(cpu) => cpu::into_f32(&cpu.pool, &mut sink.gradient, &gradient, sink.accumulate),
+        Device::Cuda(_) => return Err(TensorError::unsupported_device("accumulate")),
     }
 }

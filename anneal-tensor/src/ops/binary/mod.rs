@@ -85,6 +85,7 @@ impl Binary {
         let out = Tensor::empty_for(gradient.device(), &self.sizes, dtype, purpose)?;
         match gradient.device() {
             Device::Cpu(cpu) => cpu::backward(&cpu.pool, self.function, operand, gradient, saved, &out),
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("binary")),
         }
         Ok(out)
     }
@@ -99,6 +100,7 @@ impl Op for Binary {
         let y = Tensor::empty(inputs[0].device(), &self.sizes, inputs[0].dtype())?;
         match y.device() {
             Device::Cpu(cpu) => cpu::forward(&cpu.pool, self.function, [inputs[0], inputs[1]], &y),
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("binary")),
         }
         if self.function.saves() {
             saver.input(0, inputs[0]);
@@ -127,6 +129,7 @@ impl Op for Binary {
                         let accumulate = target.accumulate;
                         reduce::cpu::sum(&cpu.pool, &local, &flags, 1.0, &mut target.gradient, accumulate)?
                     }
+                    Device::Cuda(_) => return Err(TensorError::unsupported_device("binary")),
                 }
                 target.give(pass, dtype)?;
             }

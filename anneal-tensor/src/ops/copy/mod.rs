@@ -21,6 +21,7 @@ pub(crate) fn strided(source: &Tensor, target: &Tensor) -> Result<()> {
             4 => cpu::strided::<u32>(&cpu.pool, source, target),
             _ => cpu::strided::<u64>(&cpu.pool, source, target),
         },
+        Device::Cuda(_) => return Err(TensorError::unsupported_device("copy")),
     }
     Ok(())
 }

@@ -128,6 +128,7 @@ impl Op for Loss {
             Device::Cpu(cpu) => {
                 cpu::forward(&cpu.pool, &self.rows, [&output, &clean, &noise], &mut losses)?;
             }
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("diffusion_loss")),
         }
         saver.input(0, &output);
         saver.tensor(&clean);
@@ -146,6 +147,7 @@ impl Op for Loss {
                 let inputs = [&output, &clean, &noise];
                 cpu::backward(&cpu.pool, &self.rows, inputs, &upstream, &mut gradient)?;
             }
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("diffusion_loss")),
         }
         pass.give(0, gradient)
     }

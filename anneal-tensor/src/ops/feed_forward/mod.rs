@@ -3,7 +3,7 @@
 //! One op, because the gradient of the first layer's output, `(dy W2) * act'(x W1^T + b1)`, then
 //! comes out of a single matrix product whose epilogue applies the derivative.
 
-use crate::{BackwardPass, Op, Outputs, Result, Saver, Tensor, apply};
+use crate::{BackwardPass, Op, Outputs, Result, Saver, Tensor, TensorError, apply};
 use anneal_device::Device;
 
 use super::linear::{Activation, Places, check, cpu, output_sizes, parameter_gradients};
@@ -48,6 +48,7 @@ impl Op for FeedForward {
                 cpu::affine(&device.pool, x, weight1, Some(bias1), self.activation, kept, &hidden)?;
                 cpu::affine(&device.pool, &hidden, weight2, Some(bias2), Activation::None, None, &y)?;
             }
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("feed_forward")),
         }
         saver.input(0, x);
         saver.input(1, weight1);
@@ -76,6 +77,7 @@ impl Op for FeedForward {
                 let through = Some((self.activation, &preactivation));
                 cpu::input_gradient(&device.pool, &gradient, &weight2, through, &inner)?;
             }
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("feed_forward")),
         }
         drop((gradient, preactivation));
         let first = Places { saved_x: 0, saved_weight: 1, weight: 1, bias: Some(2) };
@@ -86,6 +88,7 @@ impl Op for FeedForward {
                 Device::Cpu(device) => {
                     cpu::input_gradient(&device.pool, &inner, &pass.saved(1)?, None, &dx)?;
                 }
+                Device::Cuda(_) => return Err(TensorError::unsupported_device("feed_forward")),
             }
             pass.give(0, dx)?;
         }

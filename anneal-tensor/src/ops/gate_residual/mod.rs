@@ -94,6 +94,7 @@ impl Op for GateResidual {
             Device::Cpu(cpu) => {
                 cpu::forward(&cpu.pool, &blocks, &x.contiguous()?, &branch.contiguous()?, &rows, &mut output)?
             }
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("gate_residual")),
         }
         saver.input(1, branch);
         saver.input(2, gate);
@@ -118,6 +119,7 @@ impl Op for GateResidual {
                     sums.write(&cpu.pool, &blocks, 0, target);
                 }
             }
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("gate_residual")),
         }
         pass.give(0, gradient)?;
         drop(branch);

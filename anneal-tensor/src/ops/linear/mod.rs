@@ -79,6 +79,7 @@ impl Op for Linear {
             Device::Cpu(cpu) => {
                 cpu::affine(&cpu.pool, x, weight, bias, self.activation, preactivation.as_ref(), &y)?;
             }
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("linear")),
         }
         saver.input(0, x);
         saver.input(1, weight);
@@ -102,6 +103,7 @@ impl Op for Linear {
             let dx = Tensor::empty(gradient.device(), pass.saved(0)?.dims(), gradient.dtype())?;
             match gradient.device() {
                 Device::Cpu(cpu) => cpu::input_gradient(&cpu.pool, &gradient, &weight, None, &dx)?,
+                Device::Cuda(_) => return Err(TensorError::unsupported_device("linear")),
             }
             pass.give(0, dx)?;
         }
@@ -119,6 +121,7 @@ fn through_activation(activation: Activation, gradient: Tensor, preactivation: &
     }
     match gradient.device().clone() {
         Device::Cpu(cpu) => cpu::activation_backward(&cpu.pool, activation, &mut gradient, preactivation)?,
+        Device::Cuda(_) => return Err(TensorError::unsupported_device("linear")),
     }
     Ok(gradient)
 }
@@ -145,6 +148,7 @@ pub(super) fn parameter_gradients(pass: &mut BackwardPass, gradient: &Tensor, pl
         Device::Cpu(cpu) => {
             cpu::parameter_gradients(&cpu.pool, gradient, &x, weight.as_ref(), bias.as_ref())?
         }
+        Device::Cuda(_) => return Err(TensorError::unsupported_device("linear")),
     }
     for target in [weight, bias].into_iter().flatten() {
         target.give(pass, gradient.dtype())?;

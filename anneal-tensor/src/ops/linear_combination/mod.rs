@@ -65,6 +65,7 @@ fn sum(coefficients: &[&[f32]], tensors: &[Tensor]) -> Result<Tensor> {
     let mut output = Tensor::empty(first.device(), first.dims(), first.dtype())?;
     match first.device() {
         Device::Cpu(cpu) => cpu::sum(&cpu.pool, coefficients, tensors, &mut output)?,
+        Device::Cuda(_) => return Err(TensorError::unsupported_device("linear_combination")),
     }
     Ok(output)
 }

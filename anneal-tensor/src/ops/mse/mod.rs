@@ -41,6 +41,7 @@ impl Op for MeanSquaredError {
             Device::Cpu(cpu) => {
                 cpu::forward(&cpu.pool, &prediction.contiguous()?, &target.contiguous()?, &mut output)?
             }
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("mse")),
         }
         saver.input(0, prediction);
         saver.input(1, target);
@@ -57,6 +58,7 @@ impl Op for MeanSquaredError {
             let dx = Tensor::empty(prediction.device(), prediction.dims(), self.dtypes[input])?;
             match gradient.device() {
                 Device::Cpu(cpu) => cpu::backward(&cpu.pool, &gradient, &prediction, &target, sign, &dx),
+                Device::Cuda(_) => return Err(TensorError::unsupported_device("mse")),
             }
             pass.give(input, dx)?;
         }

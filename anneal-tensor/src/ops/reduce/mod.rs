@@ -96,6 +96,7 @@ impl Reduce {
                 cpu::equal(&cpu.pool, x, y, &equal);
                 cpu::sum(&cpu.pool, &equal, &self.flags, 1.0, &mut count, false)?;
             }
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("reduce")),
         }
         Ok(count)
     }
@@ -114,6 +115,7 @@ impl Op for Reduce {
                 cpu::sum(&cpu.pool, &x, &self.flags, self.factor, &mut y, false)?
             }
             (Device::Cpu(cpu), Kind::Max) => cpu::max(&cpu.pool, &x, &self.flags, &mut y)?,
+            (Device::Cuda(_), _) => return Err(TensorError::unsupported_device("reduce")),
         }
         if self.kind == Kind::Max {
             saver.input(0, inputs[0]);
@@ -132,6 +134,7 @@ impl Op for Reduce {
                 let ties = self.ties(&x, &y)?;
                 cpu::share(&cpu.pool, &gradient, [&x, &y, &ties], &dx);
             }
+            (_, Device::Cuda(_)) => return Err(TensorError::unsupported_device("reduce")),
         }
         pass.give(0, dx)
     }

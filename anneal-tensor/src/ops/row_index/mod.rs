@@ -67,6 +67,7 @@ fn checked(op: &'static str, index: &Tensor, rows: usize) -> Result<Tensor> {
     let index = index.contiguous()?;
     let outside = match index.device() {
         Device::Cpu(_) => index.data::<i64>().iter().position(|id| !(0..rows as i64).contains(id)),
+        Device::Cuda(_) => return Err(TensorError::unsupported_device("row_index")),
     };
     match outside {
         None => Ok(index),
@@ -85,6 +86,7 @@ fn picked(x: &Tensor, index: &Tensor, sizes: [usize; 3]) -> Result<Tensor> {
     let mut output = Tensor::empty(x.device(), &output_sizes, x.dtype())?;
     match x.device() {
         Device::Cpu(cpu) => cpu::pick(&cpu.pool, &x.contiguous()?, index, sizes, &mut output)?,
+        Device::Cuda(_) => return Err(TensorError::unsupported_device("row_index")),
     }
     Ok(output)
 }
@@ -124,6 +126,7 @@ impl Op for Pick {
             Device::Cpu(cpu) => {
                 cpu::place(&cpu.pool, &gradient, &index, self.sizes, &mut target.gradient, target.accumulate)?
             }
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("row_index")),
         }
         target.give(pass, self.dtype)
     }
@@ -147,6 +150,7 @@ impl Op for Place {
             Device::Cpu(cpu) => {
                 cpu::place(&cpu.pool, &x, &index, [groups, self.rows, width], &mut output, false)?
             }
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("row_index")),
         }
         saver.tensor(&index);
         cast(&output, x.dtype()).map(single)

@@ -216,6 +216,7 @@ impl Op for RowNorm {
         };
         match x.device() {
             Device::Cpu(cpu) => cpu::forward(&cpu.pool, self, &job)?,
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("row_norm")),
         }
         match &sum {
             Some(sum) => saver.tensor(sum),
@@ -274,6 +275,7 @@ impl Op for RowNorm {
                     }
                 }
             }
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("row_norm")),
         }
         drop((gradient, sum_gradient));
         pass.give(0, z_gradient)?;

@@ -41,6 +41,7 @@ impl Op for Softmax {
         let mut y = Tensor::empty(x.device(), x.dims(), x.dtype())?;
         match x.device() {
             Device::Cpu(cpu) => cpu::forward(&cpu.pool, &blocks, &x, &mut y)?,
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("softmax")),
         }
         saver.tensor(&y);
         Ok(single(y))
@@ -52,6 +53,7 @@ impl Op for Softmax {
         let dx = reuse(&gradient)?;
         match gradient.device() {
             Device::Cpu(cpu) => cpu::backward(&cpu.pool, &blocks(&y)?, &gradient, &y, &dx)?,
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("softmax")),
         }
         drop(gradient);
         pass.give(0, dx)

@@ -111,6 +111,7 @@ impl Op for Unary {
         let y = Tensor::empty(x.device(), x.dims(), x.dtype())?;
         match x.device() {
             Device::Cpu(cpu) => cpu::forward(&cpu.pool, self.function, x, &y),
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("unary")),
         }
         match self.function.saves() {
             Of::Nothing => {}
@@ -129,6 +130,7 @@ impl Op for Unary {
         let dx = reuse(&gradient)?;
         match gradient.device() {
             Device::Cpu(cpu) => cpu::backward(&cpu.pool, self.function, saved.as_ref(), &gradient, &dx),
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("unary")),
         }
         drop(gradient);
         pass.give(0, dx)
