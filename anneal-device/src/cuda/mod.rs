@@ -7,6 +7,7 @@
 //! This is the only place that touches the CUDA bindings.
 
 mod compiler;
+mod dnn;
 mod driver;
 mod graph;
 mod launch;
@@ -23,6 +24,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use cudarc::driver::sys;
 
 pub use compiler::{Macros, Source, Variant, cache_folder, compile, version as compiler_version};
+pub use dnn::{
+    AttentionBackend, AttentionElement, AttentionKey, AttentionPass, AttentionPlan, AttentionStrides,
+    AttentionTensors, dnn_version,
+};
 pub use driver::{Properties, device_count, properties};
 pub use graph::Graph;
 pub use launch::{Arguments, Kernel, Launch};
@@ -32,6 +37,7 @@ pub use transfer::PendingRead;
 
 use crate::DeviceError;
 use crate::memory::MemoryStatistics;
+use dnn::Dnn;
 use driver::check;
 use graph::Mode;
 use launch::Kernels;
@@ -51,6 +57,7 @@ pub struct CudaDevice {
     stream: sys::CUstream,
     slab: Arc<Slab>,
     kernels: Kernels,
+    dnn: Dnn,
     staging: Mutex<Staging>,
     pinned: Mutex<Vec<Pinned>>,
     mode: Mutex<Mode>,
@@ -86,6 +93,7 @@ impl CudaDevice {
             stream,
             slab,
             kernels: Kernels::default(),
+            dnn: Dnn::new()?,
             staging: Mutex::default(),
             pinned: Mutex::default(),
             mode: Mutex::default(),
@@ -328,6 +336,7 @@ impl Drop for CudaDevice {
         unsafe {
             sys::cuCtxSetCurrent(self.context);
             sys::cuStreamSynchronize(self.stream);
+            self.dnn.close();
             sys::cuStreamDestroy_v2(self.stream);
         }
         CURRENT.set(0);
