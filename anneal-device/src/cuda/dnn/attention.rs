@@ -52,7 +52,21 @@ pub struct AttentionTensors<T> {
 }
 
 impl<T: Copy> AttentionTensors<T> {
-    pub(super) fn of_pass(&self, pass: AttentionPass) -> Vec<T> {
+    pub fn map<U>(&self, of: impl Fn(T) -> U) -> AttentionTensors<U> {
+        AttentionTensors {
+            query: of(self.query),
+            key: of(self.key),
+            value: of(self.value),
+            output: of(self.output),
+            output_gradient: of(self.output_gradient),
+            query_gradient: of(self.query_gradient),
+            key_gradient: of(self.key_gradient),
+            value_gradient: of(self.value_gradient),
+        }
+    }
+
+    /// Those that take part.
+    pub fn of_pass(&self, pass: AttentionPass) -> Vec<T> {
         let Self { query, key, value, output, .. } = *self;
         let mut all = vec![query, key, value, output];
         if pass != AttentionPass::Forward {
