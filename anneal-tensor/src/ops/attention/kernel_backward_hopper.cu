@@ -9,7 +9,7 @@
 // attention_backward_hopper(Arguments): as attention_backward.
 //   grid   (parts, heads, batch); parts at most ceil(keys / (64 M_TILES GROUPS))
 //   block  128 GROUPS threads
-//   shared HEAD_DIM / 8 * (2 (16 K + 32) + 5 * 1056) + 256 K + 2048, K = 64 M_TILES GROUPS, bytes
+//   shared HEAD_DIM / 8 * (2 (16 K + 16) + 5 * 1040) + 256 K + 2048, K = 64 M_TILES GROUPS, bytes
 // Macros beside those of kernel_common: GROUPS (warpgroups), M_TILES (of 64 keys a warpgroup),
 // SUB_QUERIES (32 or 64, walked at a time), MIN_BLOCKS.
 
@@ -29,8 +29,8 @@ __device__ __forceinline__ void start_query_gradients(QuerySums& c, const Place&
     begin_products();
 #pragma unroll
     for (int k = 0; k < KEY_ROWS / 16; k++)
-        Product<COLUMN_TILES>::shared<1, 1>(c[0], descriptor(ds + k * 256, ALONG(128, DsLayout::CHUNK_STRIDE)),
-                                            descriptor(keys + k * 256, ALONG(128, KeyLayout::CHUNK_STRIDE)), k > 0);
+        Product<COLUMN_TILES>::shared<1, 1>(c[0], descriptor(ds + k * 256, 128, DsLayout::CHUNK_STRIDE),
+                                            descriptor(keys + k * 256, 128, KeyLayout::CHUNK_STRIDE), k > 0);
     commit_products();
 }
 
@@ -56,11 +56,10 @@ __device__ __forceinline__ void start_sums(float (&c)[CHUNKS][4], const u32 (&le
     commit_products();
 }
 
-/// What one tile of 64 keys does with `SUB_QUERIES` queries of a block. Ends with two products running.
-/// `meanwhile` runs while the scores are made and must leave no products of its own running but theirs.
-template <class Meanwhile>
+/// What one tile of 64 keys does with `SUB_QUERIES` queries of a block. It ends with no product running:
+/// the sums take most registers, and two steps at once would not fit in the rest.
 __device__ __forceinline__ void walk_queries(
-    KeyGradients& sums, const Arguments& a, const Place& at, int block, int sub, int m, Meanwhile meanwhile) {
+    KeyGradients& sums, const Arguments& a, const Place& at, int block, int sub, int m) {
     const u32 own = (at.warp / 4 * GROUP_KEYS + m * 64) * 16, zeros = at.shared + ZEROS_OFFSET;
     const u32 queries = query_tile(at, block) + sub * SUB_QUERIES * 16, upstream = upstream_tile(at, block) + sub * SUB_QUERIES * 16;
     const u32 pairs = statistics(at, block) + sub * SUB_QUERIES * 8;
@@ -71,7 +70,6 @@ __device__ __forceinline__ void walk_queries(
     commit_products();
     multiply_rows<KeyLayout, QueryLayout>(dp[0], value_tile(at) + own, upstream, zeros);
     commit_products();
-    meanwhile();
     wait_products<1>();
     hold(s);
     make_probabilities<1>(s, a, at, m, first_query, pairs, a.scale * LOG2_E);
@@ -88,16 +86,16 @@ __device__ __forceinline__ void walk_queries(
         store_ds(ds_left[k][0], at, ds_tile(at, block), m, sub * SUB_TILES + 2 * k);
     }
     start_sums(sums.key[m], ds_left, queries);
+    wait_products<0>();
+    hold(sums.key);
+    hold(sums.value);
 }
 
-/// One block of queries; under its first scores, `dq` of the block before unless it is the FIRST.
+/// One block of queries, and `dq` of the block before unless it is the FIRST.
 template <bool FIRST>
 __device__ __forceinline__ void visit_queries(KeyGradients& sums, LogSums& log_sums, const Arguments& a, const Place& at, int block, int blocks) {
     wait_copies<0>();
     write_statistics(at, block, log_sums);
-    wait_products<0>();
-    hold(sums.key);
-    hold(sums.value);
     publish();
     __syncthreads();
     if (block + 1 < blocks) start_queries(a, at, block + 1, log_sums);
@@ -109,9 +107,9 @@ __device__ __forceinline__ void visit_queries(KeyGradients& sums, LogSums& log_s
     }
 #pragma unroll
     for (int m = 0; m < M_TILES; m++)
-#pragma unroll SUB_UNROLL
+#pragma unroll 1
         for (int sub = 0; sub < QUERY_BLOCK / SUB_QUERIES; sub++)
-            walk_queries(sums, a, at, block, sub, m, [&] {});
+            walk_queries(sums, a, at, block, sub, m);
 }
 
 __device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
@@ -119,6 +117,7 @@ __device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
     start_keys(a, at);
     start_queries(a, at, 0, log_sums);
     clear_zeros<64>(at.shared + ZEROS_OFFSET);
+    if (at.first_visit) prefetch_next(a);
     find_visible(a, at);
     KeyGradients sums;
     clear(sums.key);
@@ -127,9 +126,6 @@ __device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
     visit_queries<true>(sums, log_sums, a, at, 0, blocks);
 #pragma unroll 1
     for (int block = 1; block < blocks; block++) visit_queries<false>(sums, log_sums, a, at, block, blocks);
-    wait_products<0>();
-    hold(sums.key);
-    hold(sums.value);
     publish();
     __syncthreads();
     QuerySums dq;

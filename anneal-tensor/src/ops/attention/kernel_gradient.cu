@@ -56,9 +56,9 @@ __device__ __forceinline__ void start_queries(const Arguments& a, const Place& a
     const int first = block * QUERY_BLOCK;
     copy_rows<QueryLayout, QUERY_BLOCK, THREADS>(
         query_tile(at, block), head_of(a.query, at.b, at.h), a.query.token, first, a.queries);
-    copy_rows<QueryLayout, QUERY_BLOCK, THREADS>(
+    copy_own_rows<QueryLayout, QUERY_BLOCK, THREADS>(
         upstream_tile(at, block), head_of(a.output_gradient, at.b, at.h), a.output_gradient.token, first, a.queries);
-    copy_rows<QueryLayout, QUERY_BLOCK, THREADS>(
+    copy_own_rows<QueryLayout, QUERY_BLOCK, THREADS>(
         output_tile(at), head_of(a.output, at.b, at.h), a.output.token, first, a.queries);
     commit_copies();
 #pragma unroll
@@ -66,6 +66,20 @@ __device__ __forceinline__ void start_queries(const Arguments& a, const Place& a
         const int row = first + pass * (THREADS / LANES_PER_ROW) + threadIdx.x / LANES_PER_ROW;
         log_sums.of[pass] = row < a.queries ? a.log_sums[head_index(a, at.b, at.h) + row] : INFINITY_F32;
     }
+}
+
+/// What the block of threads that follows here will read first: with one block a multiprocessor,
+/// nothing else would hide the memory's latency at its start.
+__device__ __forceinline__ void prefetch_next(const Arguments& a) {
+    dim3 next;
+    if (!next_block(next)) return;
+    const int first_key = next.x * ((a.keys + gridDim.x - 1) / gridDim.x);
+    prefetch_rows(head_of(a.key, next.z, next.y), a.key.token, first_key, KEY_ROWS, a.keys);
+    prefetch_rows(head_of(a.value, next.z, next.y), a.value.token, first_key, KEY_ROWS, a.keys);
+    if (next.x != 0) return;
+    prefetch_rows(head_of(a.query, next.z, next.y), a.query.token, 0, KEY_ROWS, a.queries);
+    prefetch_rows(head_of(a.output_gradient, next.z, next.y), a.output_gradient.token, 0, KEY_ROWS, a.queries);
+    prefetch_rows(head_of(a.output, next.z, next.y), a.output.token, 0, KEY_ROWS, a.queries);
 }
 
 __device__ __forceinline__ float dot_of_chunk(u32 left, u32 right) {
@@ -188,12 +202,22 @@ __device__ __forceinline__ void make_gradients(
         if (a.bias_partial != nullptr) store_bias_gradient<M>(dp, a, at, tile, first_query);
 }
 
+/// `*sums += (x, y)` without waiting for it.
+__device__ __forceinline__ void add_in_memory(float* sums, float x, float y) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v2.f32 [%0], {%1,%2};" ::"l"(sums), "f"(x), "f"(y) : "memory");
+#else
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(sums), "f"(x) : "memory");
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(sums + 1), "f"(y) : "memory");
+#endif
+}
+
 /// Rows of `dq` in a thread's hands, `first_row + 8 i`, eights of columns from `first_tile` but for the first
-/// `skip`: f32 sums in memory while blocks of keys remain, else final. One thread keeps an address for
-/// itself, so sums have an order.
+/// `skip`: f32 sums in memory while blocks of keys remain, else final. An address belongs to one thread,
+/// whose stores and additions to it keep their order: this is no race, and the sum is always the same.
 template <int COUNT>
 __device__ __forceinline__ void finish_queries(
-    float (&c)[1][COUNT][4], const Arguments& a, const Place& at, int first_row, int first_tile, int skip) {
+    const float (&c)[1][COUNT][4], const Arguments& a, const Place& at, int first_row, int first_tile, int skip) {
     const bool final = at.last_visit && gridDim.x == 1;
     float* partial = a.query_partial + blockIdx.x * (i64(a.batch) * a.heads * a.queries * HEAD_DIM);
 #pragma unroll
@@ -202,22 +226,19 @@ __device__ __forceinline__ void finish_queries(
         if (row >= a.queries) continue;
         float* sums = partial + (head_index(a, at.b, at.h) + row) * HEAD_DIM + first_column;
         element* to = head_of(a.query_gradient, at.b, at.h) + row * a.query_gradient.token + first_column;
-        if (!at.first_visit) {
-            float2 before[COUNT];
-#pragma unroll
-            for (int n = 0; n < COUNT; n++) before[n] = *reinterpret_cast<float2*>(sums + n * 8);
-#pragma unroll
-            for (int n = 0; n < COUNT; n++) {
-                c[0][n][2 * i] += before[n].x;
-                c[0][n][2 * i + 1] += before[n].y;
-            }
-        }
 #pragma unroll
         for (int n = 0; n < COUNT; n++) {
             if (n < skip) continue;
             const float x = c[0][n][2 * i], y = c[0][n][2 * i + 1];
-            if (final) *reinterpret_cast<u32*>(to + n * 8) = pack<ELEMENT>(x * a.scale, y * a.scale);
-            else *reinterpret_cast<float2*>(sums + n * 8) = make_float2(x, y);
+            float2* sum = reinterpret_cast<float2*>(sums + n * 8);
+            if (final) {
+                const float2 before = at.first_visit ? make_float2(0.0f, 0.0f) : __ldcg(sum);
+                *reinterpret_cast<u32*>(to + n * 8) = pack<ELEMENT>((before.x + x) * a.scale, (before.y + y) * a.scale);
+            } else if (at.first_visit) {
+                *sum = make_float2(x, y);
+            } else {
+                add_in_memory(sums + n * 8, x, y);
+            }
         }
     }
 }

@@ -28,26 +28,60 @@ template <int PENDING> __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-/// Starts copying rows `first..first + ROWS` of a head; rows from `limit` on become zeros.
-/// Thread `t` copies chunks `t % 4`, `t % 4 + 4`, ... of row `t / 4`: one pointer for each row.
-template <class LAYOUT, int ROWS, int THREADS>
-__device__ __forceinline__ void copy_rows(u32 tile, const element* head, i64 stride, int first, int limit) {
-    constexpr int STEP = THREADS / LANES_PER_ROW;
-    const int lane = threadIdx.x % LANES_PER_ROW;
+/// Starts copying chunks `FIRST..FIRST + COUNT` of rows; `LANES` neighbours share a row.
+template <class LAYOUT, int ROWS, int THREADS, int LANES, int FIRST, int COUNT>
+__device__ __forceinline__ void copy_chunks(u32 tile, const element* head, i64 stride, int first, int limit) {
+    constexpr int STEP = THREADS / LANES;
+    const int lane = threadIdx.x % LANES;
 #pragma unroll
     for (int start = 0; start < ROWS; start += STEP) {
-        const int row = start + threadIdx.x / LANES_PER_ROW;
+        const int row = start + threadIdx.x / LANES;
         const bool valid = first + row < limit;
         const element* from = valid ? head + (first + row) * stride : head;
         if (ROWS % STEP == 0 || row < ROWS) {
 #pragma unroll
-            for (int c = 0; c < CHUNKS; c += LANES_PER_ROW) {
-                const int chunk = c + lane;
-                if (c + LANES_PER_ROW <= CHUNKS || chunk < CHUNKS)
+            for (int c = 0; c < COUNT; c += LANES) {
+                const int chunk = FIRST + c + lane;
+                if (c + LANES <= COUNT || chunk < FIRST + COUNT)
                     copy_16(tile + row * LAYOUT::ROW_STRIDE + chunk * LAYOUT::CHUNK_STRIDE, from + chunk * 8, valid);
             }
         }
     }
+}
+
+/// Starts copying rows `first..first + ROWS` of a head; rows from `limit` on become zeros. Eight
+/// lanes take 128 bytes of a row, which touches the fewest sectors of memory; then come the rest.
+template <class LAYOUT, int ROWS, int THREADS>
+__device__ __forceinline__ void copy_rows(u32 tile, const element* head, i64 stride, int first, int limit) {
+    constexpr int WHOLE = CHUNKS / 8 * 8, REST = CHUNKS % 8, LANES = REST > 4 ? 8 : REST > 2 ? 4 : REST > 1 ? 2 : 1;
+    if constexpr (WHOLE > 0) copy_chunks<LAYOUT, ROWS, THREADS, 8, 0, WHOLE>(tile, head, stride, first, limit);
+    if constexpr (REST > 0) copy_chunks<LAYOUT, ROWS, THREADS, LANES, WHOLE, REST>(tile, head, stride, first, limit);
+}
+
+/// The same by four lanes a row: thread `t` copies, and may read before others see it, row `t / 4`.
+template <class LAYOUT, int ROWS, int THREADS>
+__device__ __forceinline__ void copy_own_rows(u32 tile, const element* head, i64 stride, int first, int limit) {
+    copy_chunks<LAYOUT, ROWS, THREADS, LANES_PER_ROW, 0, CHUNKS>(tile, head, stride, first, limit);
+}
+
+/// Asks for rows of a head to come to the L2 cache.
+__device__ __forceinline__ void prefetch_rows(const element* head, i64 stride, int first, int rows, int limit) {
+#if __CUDA_ARCH__ >= 900 && !defined(NO_PREFETCH)
+    for (int row = first + threadIdx.x; row < min(first + rows, limit); row += blockDim.x)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(head + row * stride), "r"(HEAD_DIM * 2) : "memory");
+#endif
+}
+
+/// The block of threads that will probably run here next: all that fit at once are this many apart.
+__device__ __forceinline__ bool next_block(dim3& next) {
+    u32 multiprocessors;
+    asm("mov.u32 %0, %%nsmid;" : "=r"(multiprocessors));
+    u32 index = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z) + multiprocessors * MIN_BLOCKS;
+    next.x = index % gridDim.x;
+    index /= gridDim.x;
+    next.y = index % gridDim.y;
+    next.z = index / gridDim.y;
+    return next.z < gridDim.z;
 }
 
 __device__ __forceinline__ void load_chunk(u32 (&words)[4], u32 address) {

@@ -4,7 +4,7 @@
 // of warp `w % 4` holds what it would hold of mma.sync's 16 x 8 results for rows `16 (w % 4)..`.
 // Tiles in shared memory are in the layout without swizzle: 8 rows of one chunk are 128 contiguous
 // bytes, chunks lie CHUNK_STRIDE apart. It serves both ways, rows or columns leading, takes any
-// number of chunks, and 32 bytes beyond whole rows keep copies of 4 chunks x 2 rows in different banks.
+// number of chunks, and 16 bytes beyond whole rows keep copies of 8 chunks of a row in different banks.
 // The descriptor's fields are those of the PTX manual ("matrix descriptor", wgmma).
 
 typedef unsigned long long u64;
@@ -12,7 +12,7 @@ typedef unsigned long long u64;
 constexpr int DEPTH_16 = HEAD_DIM / 16;
 constexpr bool DEPTH_8 = HEAD_DIM % 16 != 0;
 
-template <int ROWS> using ChunkLayout = Layout<16, ROWS * 16 + 32>;
+template <int ROWS> using ChunkLayout = Layout<16, ROWS * 16 + 16>;
 
 __device__ __forceinline__ u64 descriptor(u32 address, u32 leading, u32 stride) {
     return u64((address & 0x3ffff) >> 4 | leading >> 4 << 16) | u64(stride >> 4) << 32;
@@ -115,12 +115,6 @@ DEFINE_PRODUCT(14, 112, "%56", "%57", "%58", "%59", "%60", "%61", "%62")
 DEFINE_PRODUCT(15, 120, "%60", "%61", "%62", "%63", "%64", "%65", "%66")
 DEFINE_PRODUCT(16, 128, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 
-#ifdef MN_SWAP
-#define ALONG(LEADING, STRIDE) STRIDE, LEADING
-#else
-#define ALONG(LEADING, STRIDE) LEADING, STRIDE
-#endif
-
 /// `c = left right^T` over the head dim: 64 rows by 8 `N` rows. `zeros` is a chunk of zero rows that
 /// follows both tiles in memory and completes an odd last chunk.
 template <class LEFT, class RIGHT, int N>
@@ -141,9 +135,35 @@ __device__ __forceinline__ void multiply_rows(float (&c)[N][4], u32 left, u32 ri
 /// `c += a rows`: 64 x 16 times the 16 rows at `rows`, the first 8 `N` columns from there.
 template <class LAYOUT, int N>
 __device__ __forceinline__ void multiply_columns(float (&c)[N][4], const u32 (&a)[4], u32 rows) {
-    Product<N>::template registers<1>(c, a, descriptor(rows, ALONG(128, LAYOUT::CHUNK_STRIDE)), 1);
+    Product<N>::template registers<1>(c, a, descriptor(rows, 128, LAYOUT::CHUNK_STRIDE), 1);
 }
 
 template <int ROWS> __device__ __forceinline__ void clear_zeros(u32 zeros) {
     if (threadIdx.x < ROWS) asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(zeros + threadIdx.x * 16), "r"(0) : "memory");
 }
+
+// Barriers in shared memory, 8 bytes each: waiting for a phase without stopping where all threads meet.
+
+__device__ __forceinline__ void make_barrier(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+/// Arrives when this thread's copies so far have.
+__device__ __forceinline__ void arrive_with_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+/// Waits for the end of phase number `phase`.
+__device__ __forceinline__ void wait_barrier(u32 barrier, int phase) {
+    asm volatile(
+        "{.reg .pred done;\n"
+        "again_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again_%=;}" ::"r"(barrier), "r"(phase & 1) : "memory");
+}
+
+/// Meets the threads of this warpgroup.
+__device__ __forceinline__ void meet_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); }
