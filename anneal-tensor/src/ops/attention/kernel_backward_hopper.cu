@@ -1,0 +1,141 @@
+// Attention backward by warpgroups of sm_90a, deterministic: kernel_backward's walk with wgmma.
+//
+// FlashAttention-2 (arXiv 2307.08691), algorithm 2, with scores transposed. A warpgroup owns
+// 64 M_TILES keys and their gradients, which stay in registers; `p^T` and `ds^T` are left factors of
+// `dv` and `dk` as they come out of the softmax. `ds^T` also goes to shared memory, where it is the
+// left factor of `dq = ds k`, its columns leading. That product runs one block of queries late, under
+// the next block's scores; warpgroups share its columns.
+//
+// attention_backward_hopper(Arguments): as attention_backward.
+//   grid   (parts, heads, batch); parts at most ceil(keys / (64 M_TILES GROUPS))
+//   block  128 GROUPS threads
+//   shared HEAD_DIM / 8 * (2 (16 K + 16) + 5 * 1040) + 256 K + 2048, K = 64 M_TILES GROUPS, bytes
+// Macros beside those of kernel_common: GROUPS (warpgroups), M_TILES (of 64 keys a warpgroup),
+// SUB_QUERIES (32 or 64, walked at a time), MIN_BLOCKS.
+
+constexpr int ZEROS_OFFSET = END_OFFSET;
+constexpr int COLUMN_TILES = (CHUNKS + GROUPS - 1) / GROUPS;  // of `dq`, for each warpgroup
+
+typedef float QuerySums[1][COLUMN_TILES][4];
+
+/// First of this warpgroup's columns of `dq`, in eights. The last warpgroup's overlap with others' where
+/// they do not divide evenly: the same products for all, without a branch.
+__device__ __forceinline__ int first_column(const Place& at) { return min(at.warp / 4 * COLUMN_TILES, CHUNKS - COLUMN_TILES); }
+
+/// Starts `dq = ds k` of a block.
+__device__ __forceinline__ void start_query_gradients(QuerySums& c, const Place& at, int block) {
+    const u32 keys = key_tile(at) + first_column(at) * KeyLayout::CHUNK_STRIDE, ds = ds_tile(at, block);
+    hold(c);
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < KEY_ROWS / 16; k++)
+        Product<COLUMN_TILES>::shared<1, 1>(c[0], descriptor(ds + k * 256, 128, DsLayout::CHUNK_STRIDE),
+                                            descriptor(keys + k * 256, 128, KeyLayout::CHUNK_STRIDE), k > 0);
+    commit_products();
+}
+
+__device__ __forceinline__ void end_query_gradients(QuerySums& c, const Arguments& a, const Place& at, int block) {
+    hold(c);
+    if (a.query_gradient.data == nullptr) return;
+    finish_queries(c, a, at, block * QUERY_BLOCK + at.warp % 4 * 16, first_column(at), at.warp / 4 * COLUMN_TILES - first_column(at));
+}
+
+/// Four 8 x 8 matrices of `ds^T` at once: keys along rows, 16 queries.
+__device__ __forceinline__ void store_ds(const u32 (&left)[4], const Place& at, u32 tile, int m, int first_chunk) {
+    const int row = own_row(at.warp, m) + at.lane / 8 % 2 * 8 + at.lane % 8;
+    const u32 address = tile + (first_chunk + at.lane / 16) * DsLayout::CHUNK_STRIDE + row * 16;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(left[0]), "r"(left[1]),
+                 "r"(left[2]), "r"(left[3]) : "memory");
+}
+
+/// `dv += p^T do` or `dk += ds^T q`, started.
+__device__ __forceinline__ void start_sums(float (&c)[CHUNKS][4], const u32 (&left)[SUB_TILES / 2][1][4], u32 rows) {
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < SUB_TILES / 2; k++) multiply_columns<QueryLayout>(c, left[k][0], rows + k * 256);
+    commit_products();
+}
+
+/// What one tile of 64 keys does with `SUB_QUERIES` queries of a block. It ends with no product running:
+/// the sums take most registers, and two steps at once would not fit in the rest.
+__device__ __forceinline__ void walk_queries(
+    KeyGradients& sums, const Arguments& a, const Place& at, int block, int sub, int m) {
+    const u32 own = (at.warp / 4 * GROUP_KEYS + m * 64) * 16, zeros = at.shared + ZEROS_OFFSET;
+    const u32 queries = query_tile(at, block) + sub * SUB_QUERIES * 16, upstream = upstream_tile(at, block) + sub * SUB_QUERIES * 16;
+    const u32 pairs = statistics(at, block) + sub * SUB_QUERIES * 8;
+    const int first_query = block * QUERY_BLOCK + sub * SUB_QUERIES;
+    Scores<1> s, dp;
+    begin_products();
+    multiply_rows<KeyLayout, QueryLayout>(s[0], key_tile(at) + own, queries, zeros);
+    commit_products();
+    multiply_rows<KeyLayout, QueryLayout>(dp[0], value_tile(at) + own, upstream, zeros);
+    commit_products();
+    wait_products<1>();
+    hold(s);
+    make_probabilities<1>(s, a, at, m, first_query, pairs, a.scale * LOG2_E);
+    u32 p_left[SUB_TILES / 2][1][4], ds_left[SUB_TILES / 2][1][4];
+#pragma unroll
+    for (int k = 0; k < SUB_TILES / 2; k++) pack_left(p_left[k], s, k);
+    start_sums(sums.value[m], p_left, upstream);
+    wait_products<1>();
+    hold(dp);
+    make_gradients<1>(dp, s, a, at, m, first_query, pairs);
+#pragma unroll
+    for (int k = 0; k < SUB_TILES / 2; k++) {
+        pack_left(ds_left[k], dp, k);
+        store_ds(ds_left[k][0], at, ds_tile(at, block), m, sub * SUB_TILES + 2 * k);
+    }
+    start_sums(sums.key[m], ds_left, queries);
+    wait_products<0>();
+    hold(sums.key);
+    hold(sums.value);
+}
+
+/// One block of queries, and `dq` of the block before unless it is the FIRST.
+template <bool FIRST>
+__device__ __forceinline__ void visit_queries(KeyGradients& sums, LogSums& log_sums, const Arguments& a, const Place& at, int block, int blocks) {
+    wait_copies<0>();
+    write_statistics(at, block, log_sums);
+    publish();
+    __syncthreads();
+    if (block + 1 < blocks) start_queries(a, at, block + 1, log_sums);
+    if constexpr (!FIRST) {
+        QuerySums dq;
+        start_query_gradients(dq, at, block - 1);
+        wait_products<0>();
+        end_query_gradients(dq, a, at, block - 1);
+    }
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++)
+#pragma unroll 1
+        for (int sub = 0; sub < QUERY_BLOCK / SUB_QUERIES; sub++)
+            walk_queries(sums, a, at, block, sub, m);
+}
+
+__device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
+    LogSums log_sums;
+    start_keys(a, at);
+    start_queries(a, at, 0, log_sums);
+    clear_zeros<64>(at.shared + ZEROS_OFFSET);
+    if (at.first_visit) prefetch_next(a);
+    find_visible(a, at);
+    KeyGradients sums;
+    clear(sums.key);
+    clear(sums.value);
+    const int blocks = (a.queries + QUERY_BLOCK - 1) / QUERY_BLOCK;
+    visit_queries<true>(sums, log_sums, a, at, 0, blocks);
+#pragma unroll 1
+    for (int block = 1; block < blocks; block++) visit_queries<false>(sums, log_sums, a, at, block, blocks);
+    publish();
+    __syncthreads();
+    QuerySums dq;
+    start_query_gradients(dq, at, blocks - 1);
+    wait_products<0>();
+    end_query_gradients(dq, a, at, blocks - 1);
+    store_key_gradients(sums, a, at);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward_hopper(const __grid_constant__ Arguments a) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    visit_share(a, shared_address(shared));
+}

@@ -1,0 +1,149 @@
+// Attention on CUDA, rows of a head in shared memory: asynchronous copies in, whole chunks out.
+//
+// Text between kernel_common and the kernels of tensor cores. A row is HEAD_DIM / 8 chunks of 16
+// bytes; where a chunk lies is the layout's choice: `row * ROW_STRIDE + chunk * CHUNK_STRIDE`.
+
+constexpr int CHUNKS = HEAD_DIM / 8;
+constexpr int LANES_PER_ROW = 4;  // threads that copy one row, and share a row's results
+static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM <= 128, "head dim");
+static_assert(ELEMENT == 2 || ELEMENT == 3, "tensor cores take bf16 or f16");
+
+template <int ROW, int CHUNK> struct Layout {
+    static constexpr int ROW_STRIDE = ROW, CHUNK_STRIDE = CHUNK;
+};
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return u32(__cvta_generic_to_shared(pointer));
+}
+
+/// Copies 16 bytes, or writes zeros.
+__device__ __forceinline__ void copy_16(u32 to, const void* from, bool valid) {
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING> __device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+/// Starts copying chunks `FIRST..FIRST + COUNT` of rows; `LANES` neighbours share a row.
+template <class LAYOUT, int ROWS, int THREADS, int LANES, int FIRST, int COUNT>
+__device__ __forceinline__ void copy_chunks(u32 tile, const element* head, i64 stride, int first, int limit) {
+    constexpr int STEP = THREADS / LANES;
+    const int lane = threadIdx.x % LANES;
+#pragma unroll
+    for (int start = 0; start < ROWS; start += STEP) {
+        const int row = start + threadIdx.x / LANES;
+        const bool valid = first + row < limit;
+        const element* from = valid ? head + (first + row) * stride : head;
+        if (ROWS % STEP == 0 || row < ROWS) {
+#pragma unroll
+            for (int c = 0; c < COUNT; c += LANES) {
+                const int chunk = FIRST + c + lane;
+                if (c + LANES <= COUNT || chunk < FIRST + COUNT)
+                    copy_16(tile + row * LAYOUT::ROW_STRIDE + chunk * LAYOUT::CHUNK_STRIDE, from + chunk * 8, valid);
+            }
+        }
+    }
+}
+
+/// Starts copying rows `first..first + ROWS` of a head; rows from `limit` on become zeros. Eight
+/// lanes take 128 bytes of a row, which touches the fewest sectors of memory; then come the rest.
+template <class LAYOUT, int ROWS, int THREADS>
+__device__ __forceinline__ void copy_rows(u32 tile, const element* head, i64 stride, int first, int limit) {
+    constexpr int WHOLE = CHUNKS / 8 * 8, REST = CHUNKS % 8, LANES = REST > 4 ? 8 : REST > 2 ? 4 : REST > 1 ? 2 : 1;
+    if constexpr (WHOLE > 0) copy_chunks<LAYOUT, ROWS, THREADS, 8, 0, WHOLE>(tile, head, stride, first, limit);
+    if constexpr (REST > 0) copy_chunks<LAYOUT, ROWS, THREADS, LANES, WHOLE, REST>(tile, head, stride, first, limit);
+}
+
+/// The same by four lanes a row: thread `t` copies, and may read before others see it, row `t / 4`.
+template <class LAYOUT, int ROWS, int THREADS>
+__device__ __forceinline__ void copy_own_rows(u32 tile, const element* head, i64 stride, int first, int limit) {
+    copy_chunks<LAYOUT, ROWS, THREADS, LANES_PER_ROW, 0, CHUNKS>(tile, head, stride, first, limit);
+}
+
+/// Asks for rows of a head to come to the L2 cache.
+__device__ __forceinline__ void prefetch_rows(const element* head, i64 stride, int first, int rows, int limit) {
+#if __CUDA_ARCH__ >= 900 && !defined(NO_PREFETCH)
+    for (int row = first + threadIdx.x; row < min(first + rows, limit); row += blockDim.x)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(head + row * stride), "r"(HEAD_DIM * 2) : "memory");
+#endif
+}
+
+/// The block of threads that will probably run here next: all that fit at once are this many apart.
+__device__ __forceinline__ bool next_block(dim3& next) {
+    u32 multiprocessors;
+    asm("mov.u32 %0, %%nsmid;" : "=r"(multiprocessors));
+    u32 index = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z) + multiprocessors * MIN_BLOCKS;
+    next.x = index % gridDim.x;
+    index /= gridDim.x;
+    next.y = index % gridDim.y;
+    next.z = index / gridDim.y;
+    return next.z < gridDim.z;
+}
+
+__device__ __forceinline__ void load_chunk(u32 (&words)[4], u32 address) {
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ float2 load_pair(u32 address) {
+    float2 pair;
+    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address) : "memory");
+    return pair;
+}
+
+template <int M, int N> __device__ __forceinline__ void clear(float (&c)[M][N][4]) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) c[m][n][i] = 0.0f;
+}
+
+/// Results as left factors: of columns `16 k..16 k + 16` the pieces that this thread holds already.
+template <int M, int N>
+__device__ __forceinline__ void pack_left(u32 (&a)[M][4], const float (&c)[M][N][4], int k) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            a[m][i] = pack<ELEMENT>(c[m][2 * k + i / 2][i % 2 * 2], c[m][2 * k + i / 2][i % 2 * 2 + 1]);
+}
+
+/// Stores a warp's 16 `M` rows of results, times `factor`, to rows `first..limit` of a head, in whole
+/// chunks: through `tile`, rows of shared memory that no other warp reads any more.
+template <class LAYOUT, int M>
+__device__ __forceinline__ void store_rows(
+    const float (&c)[M][CHUNKS][4], const float (&factor)[M][2], u32 tile, element* head, i64 stride, int first, int limit) {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < CHUNKS; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const u32 word = pack<ELEMENT>(c[m][n][2 * i] * factor[m][i], c[m][n][2 * i + 1] * factor[m][i]);
+                const u32 address = tile + (m * 16 + i * 8 + lane / 4) * LAYOUT::ROW_STRIDE + n * LAYOUT::CHUNK_STRIDE + lane % 4 * 4;
+                asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+            }
+    __syncwarp();
+#pragma unroll
+    for (int start = 0; start < 16 * M; start += 8) {
+        const int row = start + lane / LANES_PER_ROW;
+        if (first + row >= limit) continue;
+        element* to = head + (first + row) * stride;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c += LANES_PER_ROW) {
+            const int chunk = c + lane % LANES_PER_ROW;
+            if (chunk >= CHUNKS) continue;
+            u32 words[4];
+            load_chunk(words, tile + row * LAYOUT::ROW_STRIDE + chunk * LAYOUT::CHUNK_STRIDE);
+            *reinterpret_cast<uint4*>(to + chunk * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+    }
+}

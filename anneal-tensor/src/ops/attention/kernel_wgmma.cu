@@ -1,0 +1,169 @@
+// Attention on CUDA, tensor cores of sm_90a: products by warpgroups of four warps (wgmma).
+//
+// Text after kernel_rows, before the Hopper kernels. 64 rows by 8 TILES columns of results; a thread
+// of warp `w % 4` holds what it would hold of mma.sync's 16 x 8 results for rows `16 (w % 4)..`.
+// Tiles in shared memory are in the layout without swizzle: 8 rows of one chunk are 128 contiguous
+// bytes, chunks lie CHUNK_STRIDE apart. It serves both ways, rows or columns leading, takes any
+// number of chunks, and 16 bytes beyond whole rows keep copies of 8 chunks of a row in different banks.
+// The descriptor's fields are those of the PTX manual ("matrix descriptor", wgmma).
+
+typedef unsigned long long u64;
+
+constexpr int DEPTH_16 = HEAD_DIM / 16;
+constexpr bool DEPTH_8 = HEAD_DIM % 16 != 0;
+
+template <int ROWS> using ChunkLayout = Layout<16, ROWS * 16 + 16>;
+
+__device__ __forceinline__ u64 descriptor(u32 address, u32 leading, u32 stride) {
+    return u64((address & 0x3ffff) >> 4 | leading >> 4 << 16) | u64(stride >> 4) << 32;
+}
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void wait_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+/// Orders this thread's writes to shared memory, its copies that arrived included, before later products.
+__device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/// Keeps the compiler from moving uses of results over a wait.
+template <int M, int N> __device__ __forceinline__ void hold(float (&c)[M][N][4]) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            asm volatile("" : "+f"(c[m][n][0]), "+f"(c[m][n][1]), "+f"(c[m][n][2]), "+f"(c[m][n][3])::"memory");
+}
+
+/// `c (+)= a b` for 64 x 16 times 16 x 8 TILES; `shared` takes `a` by descriptor, `registers` as fragments.
+/// TA, TB: 1 where the columns of `a`, the rows of `b^T` lead (their chunks run along the results).
+template <int TILES> struct Product;
+
+#if ELEMENT == 2
+#define WGMMA_TYPE "bf16.bf16"
+#else
+#define WGMMA_TYPE "f16.f16"
+#endif
+
+#define RESULTS_1(c) "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3])
+#define RESULTS_2(c) RESULTS_1(c), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3])
+#define RESULTS_3(c) RESULTS_2(c), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3])
+#define RESULTS_4(c) RESULTS_3(c), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
+#define RESULTS_5(c) RESULTS_4(c), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3])
+#define RESULTS_6(c) RESULTS_5(c), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3])
+#define RESULTS_7(c) RESULTS_6(c), "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3])
+#define RESULTS_8(c) RESULTS_7(c), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
+#define RESULTS_9(c) RESULTS_8(c), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3])
+#define RESULTS_10(c) RESULTS_9(c), "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3])
+#define RESULTS_11(c) RESULTS_10(c), "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3])
+#define RESULTS_12(c) RESULTS_11(c), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3])
+#define RESULTS_13(c) RESULTS_12(c), "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3])
+#define RESULTS_14(c) RESULTS_13(c), "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3])
+#define RESULTS_15(c) RESULTS_14(c), "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3])
+#define RESULTS_16(c) RESULTS_15(c), "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
+#define NAMES_1 "%0,%1,%2,%3"
+#define NAMES_2 NAMES_1 ",%4,%5,%6,%7"
+#define NAMES_3 NAMES_2 ",%8,%9,%10,%11"
+#define NAMES_4 NAMES_3 ",%12,%13,%14,%15"
+#define NAMES_5 NAMES_4 ",%16,%17,%18,%19"
+#define NAMES_6 NAMES_5 ",%20,%21,%22,%23"
+#define NAMES_7 NAMES_6 ",%24,%25,%26,%27"
+#define NAMES_8 NAMES_7 ",%28,%29,%30,%31"
+#define NAMES_9 NAMES_8 ",%32,%33,%34,%35"
+#define NAMES_10 NAMES_9 ",%36,%37,%38,%39"
+#define NAMES_11 NAMES_10 ",%40,%41,%42,%43"
+#define NAMES_12 NAMES_11 ",%44,%45,%46,%47"
+#define NAMES_13 NAMES_12 ",%48,%49,%50,%51"
+#define NAMES_14 NAMES_13 ",%52,%53,%54,%55"
+#define NAMES_15 NAMES_14 ",%56,%57,%58,%59"
+#define NAMES_16 NAMES_15 ",%60,%61,%62,%63"
+
+#define DEFINE_PRODUCT(TILES, N, I0, I1, I2, I3, I4, I5, I6)                                                     \
+    template <> struct Product<TILES> {                                                                          \
+        template <int TA, int TB>                                                                                \
+        static __device__ __forceinline__ void shared(float (&c)[TILES][4], u64 a, u64 b, int add) {             \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, " I2 ", 0;"                                              \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." WGMMA_TYPE " {" NAMES_##TILES "}, "   \
+                         I0 ", " I1 ", p, 1, 1, " I3 ", " I4 ";}"                                                \
+                         : RESULTS_##TILES(c) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB) : "memory");          \
+        }                                                                                                        \
+        template <int TB>                                                                                        \
+        static __device__ __forceinline__ void registers(float (&c)[TILES][4], const u32 (&a)[4], u64 b, int add) { \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, " I5 ", 0;"                                              \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." WGMMA_TYPE " {" NAMES_##TILES "}, {"  \
+                         I0 "," I1 "," I2 "," I3 "}, " I4 ", p, 1, 1, " I6 ";}"                                  \
+                         : RESULTS_##TILES(c)                                                                    \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TB) : "memory");    \
+        }                                                                                                        \
+    };
+
+DEFINE_PRODUCT(1, 8, "%4", "%5", "%6", "%7", "%8", "%9", "%10")
+DEFINE_PRODUCT(2, 16, "%8", "%9", "%10", "%11", "%12", "%13", "%14")
+DEFINE_PRODUCT(3, 24, "%12", "%13", "%14", "%15", "%16", "%17", "%18")
+DEFINE_PRODUCT(4, 32, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
+DEFINE_PRODUCT(5, 40, "%20", "%21", "%22", "%23", "%24", "%25", "%26")
+DEFINE_PRODUCT(6, 48, "%24", "%25", "%26", "%27", "%28", "%29", "%30")
+DEFINE_PRODUCT(7, 56, "%28", "%29", "%30", "%31", "%32", "%33", "%34")
+DEFINE_PRODUCT(8, 64, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+DEFINE_PRODUCT(9, 72, "%36", "%37", "%38", "%39", "%40", "%41", "%42")
+DEFINE_PRODUCT(10, 80, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
+DEFINE_PRODUCT(11, 88, "%44", "%45", "%46", "%47", "%48", "%49", "%50")
+DEFINE_PRODUCT(12, 96, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
+DEFINE_PRODUCT(13, 104, "%52", "%53", "%54", "%55", "%56", "%57", "%58")
+DEFINE_PRODUCT(14, 112, "%56", "%57", "%58", "%59", "%60", "%61", "%62")
+DEFINE_PRODUCT(15, 120, "%60", "%61", "%62", "%63", "%64", "%65", "%66")
+DEFINE_PRODUCT(16, 128, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+
+/// `c = left right^T` over the head dim: 64 rows by 8 `N` rows. `zeros` is a chunk of zero rows that
+/// follows both tiles in memory and completes an odd last chunk.
+template <class LEFT, class RIGHT, int N>
+__device__ __forceinline__ void multiply_rows(float (&c)[N][4], u32 left, u32 right, u32 zeros) {
+#pragma unroll
+    for (int depth = 0; depth < DEPTH_16; depth++) {
+        const u64 a = descriptor(left + 2 * depth * LEFT::CHUNK_STRIDE, LEFT::CHUNK_STRIDE, 128);
+        const u64 b = descriptor(right + 2 * depth * RIGHT::CHUNK_STRIDE, RIGHT::CHUNK_STRIDE, 128);
+        Product<N>::template shared<0, 0>(c, a, b, depth > 0);
+    }
+    if constexpr (DEPTH_8) {
+        const u32 last_left = left + 2 * DEPTH_16 * LEFT::CHUNK_STRIDE, last_right = right + 2 * DEPTH_16 * RIGHT::CHUNK_STRIDE;
+        const u64 a = descriptor(last_left, zeros - last_left, 128), b = descriptor(last_right, zeros - last_right, 128);
+        Product<N>::template shared<0, 0>(c, a, b, DEPTH_16 > 0);
+    }
+}
+
+/// `c += a rows`: 64 x 16 times the 16 rows at `rows`, the first 8 `N` columns from there.
+template <class LAYOUT, int N>
+__device__ __forceinline__ void multiply_columns(float (&c)[N][4], const u32 (&a)[4], u32 rows) {
+    Product<N>::template registers<1>(c, a, descriptor(rows, 128, LAYOUT::CHUNK_STRIDE), 1);
+}
+
+template <int ROWS> __device__ __forceinline__ void clear_zeros(u32 zeros) {
+    if (threadIdx.x < ROWS) asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(zeros + threadIdx.x * 16), "r"(0) : "memory");
+}
+
+// Barriers in shared memory, 8 bytes each: waiting for a phase without stopping where all threads meet.
+
+__device__ __forceinline__ void make_barrier(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+/// Arrives when this thread's copies so far have.
+__device__ __forceinline__ void arrive_with_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+/// Waits for the end of phase number `phase`.
+__device__ __forceinline__ void wait_barrier(u32 barrier, int phase) {
+    asm volatile(
+        "{.reg .pred done;\n"
+        "again_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again_%=;}" ::"r"(barrier), "r"(phase & 1) : "memory");
+}
+
+/// Meets the threads of this warpgroup.
+__device__ __forceinline__ void meet_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); }
