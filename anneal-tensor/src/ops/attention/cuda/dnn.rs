@@ -99,7 +99,8 @@ impl DnnPass {
         let mut hasher = DefaultHasher::new();
         (self.key, revision, dnn_version()).hash(&mut hasher);
         let hash = hasher.finish();
-        format!("attention-{pass:?}-{element:?}-{batch}x{heads}x{queries}x{keys}x{dim}-{hash:016x}").to_lowercase()
+        format!("attention-{pass:?}-{element:?}-{batch}x{heads}x{queries}x{keys}x{dim}-{hash:016x}")
+            .to_lowercase()
     }
 
     pub(super) fn forward(&self, cuda: &CudaDevice, scale: f32, log_sums: Option<&Tensor>) -> Result<()> {

@@ -182,7 +182,12 @@ impl<'a> Call<'a> {
         self.launch(kernel, self.sizes.queries.div_ceil(tile), tile * GENERIC_LANES, shared)
     }
 
-    fn backward(&mut self, gradients: &Gradients, bias_partial: Option<&Tensor>, like: &Tensor) -> Result<()> {
+    fn backward(
+        &mut self,
+        gradients: &Gradients,
+        bias_partial: Option<&Tensor>,
+        like: &Tensor,
+    ) -> Result<()> {
         self.arguments.query_gradient = rows(gradients.query.as_ref());
         self.arguments.key_gradient = rows(gradients.key.as_ref());
         self.arguments.value_gradient = rows(gradients.value.as_ref());
@@ -345,7 +350,9 @@ pub(super) fn backward(
         call.backward(&gradients, part(&bias_partial).as_ref(), &saved.output)?;
     }
     match (&bias_partial, &gradients.bias) {
-        (Some(partial), Some(gradient)) => Call::new(cuda, sizes, scale, operands).reduce_bias(partial, gradient),
+        (Some(partial), Some(gradient)) => {
+            Call::new(cuda, sizes, scale, operands).reduce_bias(partial, gradient)
+        }
         _ => Ok(()),
     }
 }
@@ -360,18 +367,18 @@ pub(super) fn revision() -> u64 {
     })
 }
 
-/// Every kernel in the shapes that models ask for, with and without a bias.
+/// Every kernel in all its shapes, with and without a bias.
 pub(super) fn variants() -> Vec<Variant> {
     let mut all = Vec::new();
-    for (element, bias) in [(DType::BF16, None), (DType::BF16, Some(DType::BF16)), (DType::F16, Some(DType::F32))] {
-        for dim in [64, 72, 128] {
-            for tiling in [forward_tilings(false, dim), backward_tilings(false, dim)].concat() {
-                let macros = macros(dim, element, bias, &tiling.macros);
-                all.push(Variant { source: tiling.source, macros });
-            }
+    for (dim, element, bias) in [(72, DType::BF16, None), (128, DType::F16, Some(DType::F32))] {
+        for tiling in [forward_tilings(true, dim), backward_tilings(true, dim)].concat() {
+            let macros = macros(dim, element, bias, &tiling.macros);
+            all.push(Variant { source: tiling.source, macros });
         }
     }
-    for (element, bias) in [(DType::F32, None), (DType::F32, Some(DType::F32)), (DType::BF16, Some(DType::F16))] {
+    for (element, bias) in
+        [(DType::F32, None), (DType::BF16, Some(DType::F16)), (DType::F16, Some(DType::BF16))]
+    {
         all.push(Variant { source: GENERIC, macros: macros(33, element, bias, &[("TILE", 32)]) });
         all.push(Variant { source: REDUCE, macros: macros(72, element, bias, &[]) });
     }

@@ -2,6 +2,7 @@
 
 use anneal_device::cuda::Source;
 
+/// The texts of a kernel, one after the other; those for warpgroups are empty elsewhere than on sm_90a.
 macro_rules! texts {
     ($name:literal: $($file:literal),+) => {
         Source {
@@ -9,20 +10,28 @@ macro_rules! texts {
             code: concat!($(include_str!(concat!("../kernel_", $file, ".cu")), "\n"),+),
         }
     };
+    (sm_90a $name:literal: $($file:literal),+) => {
+        Source {
+            name: $name,
+            code: concat!(
+                "#if __CUDA_ARCH__ == 900\n",
+                $(include_str!(concat!("../kernel_", $file, ".cu")), "\n",)+
+                "#endif\n"
+            ),
+        }
+    };
 }
 
 const FORWARD: Source = texts!("attention_forward": "common", "rows", "matrix", "softmax", "forward");
 const FORWARD_HOPPER: Source =
-    texts!("attention_forward_hopper": "common", "rows", "wgmma", "softmax", "forward_hopper");
+    texts!(sm_90a "attention_forward_hopper": "common", "rows", "wgmma", "softmax", "forward_hopper");
 const BACKWARD: Source =
     texts!("attention_backward": "common", "rows", "matrix", "tiles", "gradient", "backward");
-const BACKWARD_HOPPER: Source =
-    texts!("attention_backward_hopper": "common", "rows", "wgmma", "tiles_hopper", "gradient", "backward_hopper");
+const BACKWARD_HOPPER: Source = texts!(sm_90a "attention_backward_hopper": "common", "rows", "wgmma", "tiles_hopper", "gradient", "backward_hopper");
 pub(super) const REDUCE: Source = texts!("attention_reduce": "common", "reduce");
 pub(super) const GENERIC: Source = texts!("attention_generic": "common", "generic");
 
-pub(super) const SOURCES: [Source; 6] =
-    [FORWARD, FORWARD_HOPPER, BACKWARD, BACKWARD_HOPPER, REDUCE, GENERIC];
+pub(super) const SOURCES: [Source; 6] = [FORWARD, FORWARD_HOPPER, BACKWARD, BACKWARD_HOPPER, REDUCE, GENERIC];
 
 /// Largest head dim of the kernels that use the matrix unit.
 pub(super) const MATRIX_UNIT_DIM: usize = 128;
@@ -43,7 +52,7 @@ pub(super) struct Tiling {
 
 /// Bytes from row to row of a tile of whole rows.
 fn row_bytes(dim: usize) -> usize {
-    (dim / 8 | 1) * 16
+    ((dim / 8) | 1) * 16
 }
 
 /// Shapes of the forward kernel, the preferred one first.
