@@ -206,6 +206,7 @@ impl CudaDevice {
             let message = "captured steps cannot be nested".into();
             return Err(DeviceError::Capture { message }.into());
         }
+        self.prepare_products();
         let relaxed = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream belongs to the current context.
         check("cuStreamBeginCapture", self.ordinal(), unsafe {
