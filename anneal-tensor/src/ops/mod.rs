@@ -52,7 +52,12 @@ use crate::{Outputs, Tensor};
 
 /// The kernels of every op; each `cuda.rs` names its own.
 pub(crate) fn kernel_variants() -> Vec<Variant> {
-    let all: [fn() -> Vec<Variant>; 1] = [cast::cuda::variants];
+    let all: [fn() -> Vec<Variant>; 4] = [
+        cast::cuda::variants,
+        gate_residual::cuda::variants,
+        row_blocks::cuda::variants,
+        row_norm::cuda::variants,
+    ];
     all.into_iter().flat_map(|of_op| of_op()).collect()
 }
 
