@@ -52,8 +52,14 @@ use crate::{Outputs, Tensor};
 
 /// The kernels of every op; each `cuda.rs` names its own.
 pub(crate) fn kernel_variants() -> Vec<Variant> {
-    let all: [fn() -> Vec<Variant>; 2] = [cast::cuda::variants, linear::cuda::variants];
-    all.into_iter().flat_map(|of_op| of_op()).collect()
+    let all: &[fn() -> Vec<Variant>] = &[
+        cast::cuda::variants,
+        gate_residual::cuda::variants,
+        linear::cuda::variants,
+        row_blocks::cuda::variants,
+        row_norm::cuda::variants,
+    ];
+    all.iter().flat_map(|of_op| of_op()).collect()
 }
 
 /// The only output of an op that has one.
