@@ -84,6 +84,15 @@ impl Stream {
         }
     }
 
+    /// The key and the counter of the next block, for a kernel that draws on.
+    ///
+    /// # Panics
+    /// If the stream stands within a block of four words.
+    pub(crate) fn key_and_counter(&self) -> ([u32; 2], [u32; 4]) {
+        assert_eq!(self.used, 4, "a device goes on with a stream from the start of a block only");
+        (self.key, self.counter)
+    }
+
     /// The next 32 random bits.
     pub fn next_u32(&mut self) -> u32 {
         if self.used == 4 {
