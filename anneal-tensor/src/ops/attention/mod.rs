@@ -8,8 +8,10 @@
 //! `dk = scale ds^T q`, `dbias = ds` summed over the dimensions in which the bias is broadcast.
 //! Not done: dropout, causal masks (a bias of minus infinity serves).
 
+mod choice;
 mod cpu;
 pub(super) mod cuda;
+mod dnn;
 
 use anneal_device::Device;
 
@@ -229,7 +231,7 @@ impl Op for Attention {
                 cpu::forward(&cpu.pool, &self.sizes, self.scale, &operands, &output, log_sums.as_ref());
             }
             Device::Cuda(cuda) => {
-                cuda::forward(cuda, &self.sizes, self.scale, &operands, &output, log_sums.as_ref())?;
+                choice::forward(cuda, self, &operands, &output, log_sums.as_ref())?;
             }
         }
         if let Some(log_sums) = &log_sums {
@@ -272,7 +274,7 @@ impl Op for Attention {
                 cpu::backward(&cpu.pool, &self.sizes, self.scale, &operands, &saved, &gradients)?;
             }
             Device::Cuda(cuda) => {
-                cuda::backward(cuda, &self.sizes, self.scale, &operands, &saved, &gradients)?;
+                choice::backward(cuda, self, &operands, &saved, &gradients)?;
             }
         }
         drop(gradients);

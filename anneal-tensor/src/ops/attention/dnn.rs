@@ -9,7 +9,7 @@ use anneal_device::cuda::{
 };
 use anneal_device::{CudaDevice, Purpose};
 
-use super::super::{Gradients, Operands, Saved, Sizes};
+use super::{Gradients, Operands, Saved, Sizes};
 use crate::{DType, Result, Tensor};
 
 /// A pass with its plan and its tensors' addresses, ready to run.
