@@ -86,7 +86,7 @@ __device__ __forceinline__ void query_gradients(const Arguments& a, const Place&
         load_4_transposed(left[0], ds + k * 16 * DS_ROW_BYTES);
         multiply_columns<FIRST>(c, left, columns + k * 16 * ROW_BYTES);
     }
-    finish_queries(c, a, at, block * QUERY_BLOCK + rows, FIRST, 0);
+    finish_queries<COUNT>(c[0], a, at, block * QUERY_BLOCK + rows, FIRST);
 }
 
 template <int GROUP = 0>

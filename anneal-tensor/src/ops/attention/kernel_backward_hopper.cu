@@ -9,50 +9,62 @@
 // attention_backward_hopper(Arguments): as attention_backward.
 //   grid   (parts, heads, batch); parts at most ceil(keys / (64 M_TILES GROUPS))
 //   block  128 GROUPS threads
-//   shared HEAD_DIM / 8 * (2 (16 K + 16) + 5 * 1040) + 256 K + 2048, K = 64 M_TILES GROUPS, bytes
+//   shared 2 HEAD_DIM (2 K + 320) + 256 K + 2048, K = 64 M_TILES GROUPS, bytes
 // Macros beside those of kernel_common: GROUPS (warpgroups), M_TILES (of 64 keys a warpgroup),
 // SUB_QUERIES (32 or 64, walked at a time), MIN_BLOCKS.
 
 constexpr int ZEROS_OFFSET = END_OFFSET;
-constexpr int COLUMN_TILES = (CHUNKS + GROUPS - 1) / GROUPS;  // of `dq`, for each warpgroup
+constexpr int SHARE = 8 / GROUPS;  // of a panel of `dq`, for each warpgroup, in eights of columns
 
-typedef float QuerySums[1][COLUMN_TILES][4];
-
-/// First of this warpgroup's columns of `dq`, in eights. The last warpgroup's overlap with others' where
-/// they do not divide evenly: the same products for all, without a branch.
-__device__ __forceinline__ int first_column(const Place& at) { return min(at.warp / 4 * COLUMN_TILES, CHUNKS - COLUMN_TILES); }
+/// `dq` of 64 queries: this warpgroup's share of each panel, and the columns beyond, which all
+/// warpgroups make, so that they need no branch, and the last one stores.
+struct QuerySums {
+    float panel[PANEL_COUNT][SHARE][4];
+    float rest[1][REST_TILES][4];
+};
 
 /// Starts `dq = ds k` of a block.
 __device__ __forceinline__ void start_query_gradients(QuerySums& c, const Place& at, int block) {
-    const u32 keys = key_tile(at) + first_column(at) * KeyLayout::CHUNK_STRIDE, ds = ds_tile(at, block);
-    hold(c);
+    const u32 ds = ds_tile(at, block), keys = key_tile(at);
     begin_products();
 #pragma unroll
-    for (int k = 0; k < KEY_ROWS / 16; k++)
-        Product<COLUMN_TILES>::shared<1, 1>(c[0], descriptor(ds + k * 256, 128, DsLayout::CHUNK_STRIDE),
-                                            descriptor(keys + k * 256, 128, KeyLayout::CHUNK_STRIDE), k > 0);
+    for (int k = 0; k < KEY_ROWS / 16; k++) {
+        const u64 a = chunk_descriptor(ds + k * 256, 128, DS_CHUNK_BYTES);
+#pragma unroll
+        for (int panel = 0; panel < PANELS; panel++)
+            Product<SHARE>::shared<1, 1>(c.panel[panel], a,
+                panel_descriptor(keys + panel * KeyLayout::PANEL_BYTES + k * 2048 + at.warp / 4 * SHARE * 16), k > 0);
+        if constexpr (REST > 0)
+            Product<REST_TILES>::shared<1, 1>(c.rest[0], a,
+                chunk_descriptor(keys + PANELS * KeyLayout::PANEL_BYTES + k * 256, 128, KeyLayout::CHUNK_BYTES), k > 0);
+    }
     commit_products();
 }
 
 __device__ __forceinline__ void end_query_gradients(QuerySums& c, const Arguments& a, const Place& at, int block) {
-    hold(c);
+    hold(c.panel);
+    hold(c.rest);
     if (a.query_gradient.data == nullptr) return;
-    finish_queries(c, a, at, block * QUERY_BLOCK + at.warp % 4 * 16, first_column(at), at.warp / 4 * COLUMN_TILES - first_column(at));
+    const int row = block * QUERY_BLOCK + at.warp % 4 * 16, group = at.warp / 4;
+#pragma unroll
+    for (int panel = 0; panel < PANELS; panel++) finish_queries<SHARE>(c.panel[panel], a, at, row, 8 * panel + group * SHARE);
+    if constexpr (REST > 0)
+        if (group == GROUPS - 1) finish_queries<REST_TILES>(c.rest[0], a, at, row, 8 * PANELS);
 }
 
 /// Four 8 x 8 matrices of `ds^T` at once: keys along rows, 16 queries.
 __device__ __forceinline__ void store_ds(const u32 (&left)[4], const Place& at, u32 tile, int m, int first_chunk) {
     const int row = own_row(at.warp, m) + at.lane / 8 % 2 * 8 + at.lane % 8;
-    const u32 address = tile + (first_chunk + at.lane / 16) * DsLayout::CHUNK_STRIDE + row * 16;
+    const u32 address = tile + (first_chunk + at.lane / 16) * DS_CHUNK_BYTES + row * 16;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(left[0]), "r"(left[1]),
                  "r"(left[2]), "r"(left[3]) : "memory");
 }
 
 /// `dv += p^T do` or `dk += ds^T q`, started.
-__device__ __forceinline__ void start_sums(float (&c)[CHUNKS][4], const u32 (&left)[SUB_TILES / 2][1][4], u32 rows) {
+__device__ __forceinline__ void start_sums(float (&c)[CHUNKS][4], const u32 (&left)[SUB_TILES / 2][1][4], u32 tile, int row) {
     begin_products();
 #pragma unroll
-    for (int k = 0; k < SUB_TILES / 2; k++) multiply_columns<QueryLayout>(c, left[k][0], rows + k * 256);
+    for (int k = 0; k < SUB_TILES / 2; k++) multiply_columns<QueryLayout>(c, left[k][0], tile, row + k * 16);
     commit_products();
 }
 
@@ -60,15 +72,15 @@ __device__ __forceinline__ void start_sums(float (&c)[CHUNKS][4], const u32 (&le
 /// the sums take most registers, and two steps at once would not fit in the rest.
 __device__ __forceinline__ void walk_queries(
     KeyGradients& sums, const Arguments& a, const Place& at, int block, int sub, int m) {
-    const u32 own = (at.warp / 4 * GROUP_KEYS + m * 64) * 16, zeros = at.shared + ZEROS_OFFSET;
-    const u32 queries = query_tile(at, block) + sub * SUB_QUERIES * 16, upstream = upstream_tile(at, block) + sub * SUB_QUERIES * 16;
+    const int key_row = at.warp / 4 * GROUP_KEYS + m * 64, query_row = sub * SUB_QUERIES;
+    const u32 queries = query_tile(at, block), upstream = upstream_tile(at, block), zeros = at.shared + ZEROS_OFFSET;
     const u32 pairs = statistics(at, block) + sub * SUB_QUERIES * 8;
     const int first_query = block * QUERY_BLOCK + sub * SUB_QUERIES;
     Scores<1> s, dp;
     begin_products();
-    multiply_rows<KeyLayout, QueryLayout>(s[0], key_tile(at) + own, queries, zeros);
+    multiply_rows<KeyLayout, QueryLayout>(s[0], key_tile(at), key_row, queries, query_row, zeros);
     commit_products();
-    multiply_rows<KeyLayout, QueryLayout>(dp[0], value_tile(at) + own, upstream, zeros);
+    multiply_rows<KeyLayout, QueryLayout>(dp[0], value_tile(at), key_row, upstream, query_row, zeros);
     commit_products();
     wait_products<1>();
     hold(s);
@@ -76,7 +88,7 @@ __device__ __forceinline__ void walk_queries(
     u32 p_left[SUB_TILES / 2][1][4], ds_left[SUB_TILES / 2][1][4];
 #pragma unroll
     for (int k = 0; k < SUB_TILES / 2; k++) pack_left(p_left[k], s, k);
-    start_sums(sums.value[m], p_left, upstream);
+    start_sums(sums.value[m], p_left, upstream, query_row);
     wait_products<1>();
     hold(dp);
     make_gradients<1>(dp, s, a, at, m, first_query, pairs);
@@ -85,7 +97,7 @@ __device__ __forceinline__ void walk_queries(
         pack_left(ds_left[k], dp, k);
         store_ds(ds_left[k][0], at, ds_tile(at, block), m, sub * SUB_TILES + 2 * k);
     }
-    start_sums(sums.key[m], ds_left, queries);
+    start_sums(sums.key[m], ds_left, queries, query_row);
     wait_products<0>();
     hold(sums.key);
     hold(sums.value);
@@ -136,6 +148,6 @@ __device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward_hopper(const __grid_constant__ Arguments a) {
-    extern __shared__ __align__(128) unsigned char shared[];
+    extern __shared__ __align__(1024) unsigned char shared[];
     visit_share(a, shared_address(shared));
 }

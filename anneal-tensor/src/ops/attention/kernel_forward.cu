@@ -94,5 +94,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
         softmax_block(state, s, factor);
         add_values(state, s, key_tile + KEY_BLOCK * ROW_BYTES);
     }
-    finish<TileLayout>(state, a, at, warp_queries, factor);
+    finish<TileLayout>(state, a, at, query_tile, factor);
 }

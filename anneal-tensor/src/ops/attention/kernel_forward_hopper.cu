@@ -8,18 +8,16 @@
 // attention_forward_hopper(Arguments): as attention_forward.
 //   grid   (ceil(queries / (64 GROUPS)), heads, batch)
 //   block  128 GROUPS threads
-//   shared HEAD_DIM / 8 * (16 * 64 GROUPS + 16 + 2 STAGES (16 KEY_BLOCK + 16)) + 16 max(64, KEY_BLOCK)
-//          + 16 STAGES bytes
-// Macros beside those of kernel_common: GROUPS (warpgroups), KEY_BLOCK (a multiple of 16 up to 64, or
-// 128), STAGES (blocks of keys in flight, at least 3), MIN_BLOCKS (resident on a multiprocessor).
+//   shared 2 HEAD_DIM (64 GROUPS + 2 STAGES KEY_BLOCK) + 16 max(64, KEY_BLOCK) + 16 STAGES bytes
+// Macros beside those of kernel_common: GROUPS (warpgroups), KEY_BLOCK (64 or 128), STAGES (blocks of keys in flight, at least 3), MIN_BLOCKS (resident on a multiprocessor).
 
 constexpr int THREADS = 128 * GROUPS;
 constexpr int QUERY_ROWS = 64 * GROUPS;
-typedef ChunkLayout<QUERY_ROWS> QueryLayout;
-typedef ChunkLayout<KEY_BLOCK> KeyLayout;
-constexpr int KEY_BYTES = CHUNKS * KeyLayout::CHUNK_STRIDE;
+typedef PanelLayout<QUERY_ROWS> QueryLayout;
+typedef PanelLayout<KEY_BLOCK> KeyLayout;
+constexpr int KEY_BYTES = KeyLayout::BYTES;
 constexpr int STAGE_BYTES = 2 * KEY_BYTES;
-constexpr int STAGES_OFFSET = CHUNKS * QueryLayout::CHUNK_STRIDE;
+constexpr int STAGES_OFFSET = QueryLayout::BYTES;
 constexpr int ZERO_ROWS = KEY_BLOCK > 64 ? KEY_BLOCK : 64;
 constexpr int ZEROS_OFFSET = STAGES_OFFSET + STAGES * STAGE_BYTES;
 
@@ -49,11 +47,10 @@ __device__ __forceinline__ void negate(float (&s)[1][KEY_TILES][4]) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forward_hopper(const __grid_constant__ Arguments a) {
-    extern __shared__ __align__(128) unsigned char shared[];
+    extern __shared__ __align__(1024) unsigned char shared[];
     const Position at = {int(blockIdx.z), int(blockIdx.y), int(blockIdx.x) * QUERY_ROWS, int(threadIdx.x / 32), int(threadIdx.x % 32)};
     const u32 query_tile = shared_address(shared), stages = query_tile + STAGES_OFFSET;
     const u32 zeros = query_tile + ZEROS_OFFSET, full = zeros + ZERO_ROWS * 16, empty = full + STAGES * 8;
-    const u32 group_queries = query_tile + at.warp / 4 * 64 * 16;
     const int blocks = (a.keys + KEY_BLOCK - 1) / KEY_BLOCK;
     const float log2_scale = fmaxf(fabsf(a.scale) * LOG2_E, 1e-30f);  // never infinity times zero
     const float factor = BIAS == 0 ? log2_scale : 1.0f;
@@ -87,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
         const int first_key = block * KEY_BLOCK;
         float s[1][KEY_TILES][4];
         begin_products();
-        multiply_rows<QueryLayout, KeyLayout>(s[0], group_queries, key_tile, zeros);
+        multiply_rows<QueryLayout, KeyLayout>(s[0], query_tile, at.warp / 4 * 64, key_tile, 0, zeros);
         commit_products();
         wait_products<0>();
         hold(s);
@@ -103,12 +100,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
         begin_products();
 #pragma unroll
         for (int k = 0; k < KEY_TILES / 2; k++)
-            multiply_columns<KeyLayout>(state.output[0], left[k][0], key_tile + KEY_BYTES + k * 256);
+            multiply_columns<KeyLayout>(state.output[0], left[k][0], key_tile + KEY_BYTES, k * 16);
         commit_products();
         wait_products<0>();
         hold(state.output);
         if (at.lane == 0) arrive(empty + block % STAGES * 8);
     }
     meet_group(at.warp / 4);  // its queries become room for outputs
-    finish<QueryLayout>(state, a, at, query_tile + at.warp * 16 * 16, factor);
+    finish<QueryLayout>(state, a, at, query_tile, factor);
 }

@@ -106,7 +106,7 @@ __device__ __forceinline__ void write_statistics(const Place& at, int block, con
         for (int c = 0; c < CHUNKS; c += LANES_PER_ROW) {
             const int chunk = c + threadIdx.x % LANES_PER_ROW;
             if (chunk >= CHUNKS) continue;
-            const u32 offset = row * QueryLayout::ROW_STRIDE + chunk * QueryLayout::CHUNK_STRIDE;
+            const u32 offset = QueryLayout::at(row, chunk);
             sum += dot_of_chunk(upstream_tile(at, block) + offset, output_tile(at) + offset);
         }
         sum += __shfl_xor_sync(~0u, sum, 1);
@@ -212,12 +212,12 @@ __device__ __forceinline__ void add_in_memory(float* sums, float x, float y) {
 #endif
 }
 
-/// Rows of `dq` in a thread's hands, `first_row + 8 i`, eights of columns from `first_tile` but for the first
-/// `skip`: f32 sums in memory while blocks of keys remain, else final. An address belongs to one thread,
+/// Rows of `dq` in a thread's hands, `first_row + 8 i`, eights of columns from `first_tile`:
+/// f32 sums in memory while blocks of keys remain, else final. An address belongs to one thread,
 /// whose stores and additions to it keep their order: this is no race, and the sum is always the same.
 template <int COUNT>
 __device__ __forceinline__ void finish_queries(
-    const float (&c)[1][COUNT][4], const Arguments& a, const Place& at, int first_row, int first_tile, int skip) {
+    const float (&c)[COUNT][4], const Arguments& a, const Place& at, int first_row, int first_tile) {
     const bool final = at.last_visit && gridDim.x == 1;
     float* partial = a.query_partial + blockIdx.x * (i64(a.batch) * a.heads * a.queries * HEAD_DIM);
 #pragma unroll
@@ -228,8 +228,7 @@ __device__ __forceinline__ void finish_queries(
         element* to = head_of(a.query_gradient, at.b, at.h) + row * a.query_gradient.token + first_column;
 #pragma unroll
         for (int n = 0; n < COUNT; n++) {
-            if (n < skip) continue;
-            const float x = c[0][n][2 * i], y = c[0][n][2 * i + 1];
+            const float x = c[n][2 * i], y = c[n][2 * i + 1];
             float2* sum = reinterpret_cast<float2*>(sums + n * 8);
             if (final) {
                 const float2 before = at.first_visit ? make_float2(0.0f, 0.0f) : __ldcg(sum);
@@ -255,14 +254,13 @@ __device__ __forceinline__ void find_visible(const Arguments& a, Place& at) {
 __device__ __forceinline__ void store_key_gradients(const KeyGradients& sums, const Arguments& a, const Place& at) {
 #pragma unroll
     for (int m = 0; m < M_TILES; m++) {
-        const u32 tile = value_tile(at) + own_row(at.warp, m) * KeyLayout::ROW_STRIDE;
-        const int first = at.first_key + own_row(at.warp, m);
+        const int row = own_row(at.warp, m), first = at.first_key + row;
         const float one[1][2] = {{1.0f, 1.0f}}, scale[1][2] = {{a.scale, a.scale}};
         if (a.value_gradient.data != nullptr)
-            store_rows<KeyLayout, 1>(reinterpret_cast<const float(&)[1][CHUNKS][4]>(sums.value[m]), one, tile,
+            store_rows<KeyLayout, 1>(reinterpret_cast<const float(&)[1][CHUNKS][4]>(sums.value[m]), one, value_tile(at), row,
                                      head_of(a.value_gradient, at.b, at.h), a.value_gradient.token, first, a.keys);
         if (a.key_gradient.data != nullptr)
-            store_rows<KeyLayout, 1>(reinterpret_cast<const float(&)[1][CHUNKS][4]>(sums.key[m]), scale, tile,
+            store_rows<KeyLayout, 1>(reinterpret_cast<const float(&)[1][CHUNKS][4]>(sums.key[m]), scale, value_tile(at), row,
                                      head_of(a.key_gradient, at.b, at.h), a.key_gradient.token, first, a.keys);
     }
 }

@@ -10,7 +10,10 @@
 constexpr int ROW_BYTES = (CHUNKS % 2 ? CHUNKS : CHUNKS + 1) * 16;
 constexpr int DEPTH_16 = HEAD_DIM / 16;
 constexpr bool DEPTH_8 = HEAD_DIM % 16 != 0;
-typedef Layout<ROW_BYTES, 16> TileLayout;
+
+struct TileLayout {
+    static __device__ __forceinline__ u32 at(int row, int chunk) { return row * ROW_BYTES + chunk * 16; }
+};
 
 __device__ __forceinline__ void load_4(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

@@ -1,16 +1,12 @@
 // Attention on CUDA, rows of a head in shared memory: asynchronous copies in, whole chunks out.
 //
 // Text between kernel_common and the kernels of tensor cores. A row is HEAD_DIM / 8 chunks of 16
-// bytes; where a chunk lies is the layout's choice: `row * ROW_STRIDE + chunk * CHUNK_STRIDE`.
+// bytes; where a chunk of a row lies in a tile is the layout's choice, LAYOUT::at(row, chunk).
 
 constexpr int CHUNKS = HEAD_DIM / 8;
 constexpr int LANES_PER_ROW = 4;  // threads that copy one row, and share a row's results
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM <= 128, "head dim");
 static_assert(ELEMENT == 2 || ELEMENT == 3, "tensor cores take bf16 or f16");
-
-template <int ROW, int CHUNK> struct Layout {
-    static constexpr int ROW_STRIDE = ROW, CHUNK_STRIDE = CHUNK;
-};
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return u32(__cvta_generic_to_shared(pointer));
@@ -43,7 +39,7 @@ __device__ __forceinline__ void copy_chunks(u32 tile, const element* head, i64 s
             for (int c = 0; c < COUNT; c += LANES) {
                 const int chunk = FIRST + c + lane;
                 if (c + LANES <= COUNT || chunk < FIRST + COUNT)
-                    copy_16(tile + row * LAYOUT::ROW_STRIDE + chunk * LAYOUT::CHUNK_STRIDE, from + chunk * 8, valid);
+                    copy_16(tile + LAYOUT::at(row, chunk), from + chunk * 8, valid);
             }
         }
     }
@@ -115,10 +111,10 @@ __device__ __forceinline__ void pack_left(u32 (&a)[M][4], const float (&c)[M][N]
 }
 
 /// Stores a warp's 16 `M` rows of results, times `factor`, to rows `first..limit` of a head, in whole
-/// chunks: through `tile`, rows of shared memory that no other warp reads any more.
+/// chunks: through a tile's rows from `tile_row` on, which no other warp reads any more.
 template <class LAYOUT, int M>
 __device__ __forceinline__ void store_rows(
-    const float (&c)[M][CHUNKS][4], const float (&factor)[M][2], u32 tile, element* head, i64 stride, int first, int limit) {
+    const float (&c)[M][CHUNKS][4], const float (&factor)[M][2], u32 tile, int tile_row, element* head, i64 stride, int first, int limit) {
     const int lane = threadIdx.x % 32;
     __syncwarp();
 #pragma unroll
@@ -128,7 +124,7 @@ __device__ __forceinline__ void store_rows(
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const u32 word = pack<ELEMENT>(c[m][n][2 * i] * factor[m][i], c[m][n][2 * i + 1] * factor[m][i]);
-                const u32 address = tile + (m * 16 + i * 8 + lane / 4) * LAYOUT::ROW_STRIDE + n * LAYOUT::CHUNK_STRIDE + lane % 4 * 4;
+                const u32 address = tile + LAYOUT::at(tile_row + m * 16 + i * 8 + lane / 4, n) + lane % 4 * 4;
                 asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
             }
     __syncwarp();
@@ -142,7 +138,7 @@ __device__ __forceinline__ void store_rows(
             const int chunk = c + lane % LANES_PER_ROW;
             if (chunk >= CHUNKS) continue;
             u32 words[4];
-            load_chunk(words, tile + row * LAYOUT::ROW_STRIDE + chunk * LAYOUT::CHUNK_STRIDE);
+            load_chunk(words, tile + LAYOUT::at(tile_row + row, chunk));
             *reinterpret_cast<uint4*>(to + chunk * 8) = make_uint4(words[0], words[1], words[2], words[3]);
         }
     }

@@ -86,7 +86,7 @@ __device__ __forceinline__ void softmax_block(RowState& state, float (&s)[M_TILE
         }
 }
 
-/// Stores outputs and log-sums; `tile` is room for the warp's rows.
+/// Stores outputs and log-sums; `tile` has room for the rows of all warps.
 template <class LAYOUT>
 __device__ __forceinline__ void finish(
     const RowState& state, const Arguments& a, const Position& at, u32 tile, float factor) {
@@ -104,7 +104,7 @@ __device__ __forceinline__ void finish(
             const float log_sum = (state.maximum[m][i] * factor + log2f(sum)) / LOG2_E;
             a.log_sums[head_index(a, at.b, at.h) + row] = sum == 0.0f ? INFINITY_F32 : log_sum;
         }
-    store_rows<LAYOUT>(state.output, inverse, tile, head_of(a.output, at.b, at.h), a.output.token, first, a.queries);
+    store_rows<LAYOUT>(state.output, inverse, tile, at.warp * WARP_ROWS, head_of(a.output, at.b, at.h), a.output.token, first, a.queries);
 }
 
 __device__ __forceinline__ void clear_state(RowState& state) {
