@@ -59,8 +59,10 @@ __device__ __forceinline__ void walk_queries(KeyGradients& sums, const Arguments
     multiply_rows(s, left_address(key_tile(at) + own), Right(queries));
     clear(dp);
     multiply_rows(dp, left_address(value_tile(at) + own), Right(upstream));
-    make_probabilities<M_TILES>(s, a, at, 0, first_query, pairs, a.scale * LOG2_E);
-    make_gradients<M_TILES>(dp, s, a, at, 0, first_query, pairs);
+    Columns columns;
+    columns.load(at, pairs);
+    make_probabilities<M_TILES>(s, columns, a, at, 0, first_query, a.scale * LOG2_E);
+    make_gradients<M_TILES>(dp, s, columns, a, at, 0, first_query);
 
     u32 left[SUB_TILES / 2][M_TILES][4];
 #pragma unroll

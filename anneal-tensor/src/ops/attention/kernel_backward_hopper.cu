@@ -74,7 +74,6 @@ __device__ __forceinline__ void walk_queries(
     KeyGradients& sums, const Arguments& a, const Place& at, int block, int sub, int m) {
     const int key_row = at.warp / 4 * GROUP_KEYS + m * 64, query_row = sub * SUB_QUERIES;
     const u32 queries = query_tile(at, block), upstream = upstream_tile(at, block), zeros = at.shared + ZEROS_OFFSET;
-    const u32 pairs = statistics(at, block) + sub * SUB_QUERIES * 8;
     const int first_query = block * QUERY_BLOCK + sub * SUB_QUERIES;
     Scores<1> s, dp;
     begin_products();
@@ -82,16 +81,18 @@ __device__ __forceinline__ void walk_queries(
     commit_products();
     multiply_rows<KeyLayout, QueryLayout>(dp[0], value_tile(at), key_row, upstream, query_row, zeros);
     commit_products();
+    Columns columns;
+    columns.load(at, statistics(at, block) + sub * SUB_QUERIES * 8);
     wait_products<1>();
     hold(s);
-    make_probabilities<1>(s, a, at, m, first_query, pairs, a.scale * LOG2_E);
+    make_probabilities<1>(s, columns, a, at, m, first_query, a.scale * LOG2_E);
     u32 p_left[SUB_TILES / 2][1][4], ds_left[SUB_TILES / 2][1][4];
 #pragma unroll
     for (int k = 0; k < SUB_TILES / 2; k++) pack_left(p_left[k], s, k);
     start_sums(sums.value[m], p_left, upstream, query_row);
     wait_products<1>();
     hold(dp);
-    make_gradients<1>(dp, s, a, at, m, first_query, pairs);
+    make_gradients<1>(dp, s, columns, a, at, m, first_query);
 #pragma unroll
     for (int k = 0; k < SUB_TILES / 2; k++) {
         pack_left(ds_left[k], dp, k);
@@ -103,25 +104,12 @@ __device__ __forceinline__ void walk_queries(
     hold(sums.value);
 }
 
-/// One block of queries, and `dq` of the block before unless it is the FIRST.
-template <bool FIRST>
-__device__ __forceinline__ void visit_queries(KeyGradients& sums, LogSums& log_sums, const Arguments& a, const Place& at, int block, int blocks) {
-    wait_copies<0>();
-    write_statistics(at, block, log_sums);
-    publish();
-    __syncthreads();
-    if (block + 1 < blocks) start_queries(a, at, block + 1, log_sums);
-    if constexpr (!FIRST) {
-        QuerySums dq;
-        start_query_gradients(dq, at, block - 1);
-        wait_products<0>();
-        end_query_gradients(dq, a, at, block - 1);
-    }
-#pragma unroll
-    for (int m = 0; m < M_TILES; m++)
-#pragma unroll 1
-        for (int sub = 0; sub < QUERY_BLOCK / SUB_QUERIES; sub++)
-            walk_queries(sums, a, at, block, sub, m);
+/// `dq` of a block of queries whose `ds^T` all warpgroups have stored.
+__device__ __forceinline__ void make_query_gradients(const Arguments& a, const Place& at, int block) {
+    QuerySums dq;
+    start_query_gradients(dq, at, block);
+    wait_products<0>();
+    end_query_gradients(dq, a, at, block);
 }
 
 __device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
@@ -135,15 +123,31 @@ __device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
     clear(sums.key);
     clear(sums.value);
     const int blocks = (a.queries + QUERY_BLOCK - 1) / QUERY_BLOCK;
-    visit_queries<true>(sums, log_sums, a, at, 0, blocks);
 #pragma unroll 1
-    for (int block = 1; block < blocks; block++) visit_queries<false>(sums, log_sums, a, at, block, blocks);
-    publish();
-    __syncthreads();
-    QuerySums dq;
-    start_query_gradients(dq, at, blocks - 1);
-    wait_products<0>();
-    end_query_gradients(dq, a, at, blocks - 1);
+    for (int block = 0; block <= blocks; block++) {
+        const bool more = block < blocks;
+        if (more) {
+            wait_copies<0>();
+            write_statistics(at, block, log_sums);
+        }
+        publish();
+        __syncthreads();
+        if (block + 1 < blocks) start_queries(a, at, block + 1, log_sums);
+#ifdef STAGGER
+        const bool early = at.warp / 4 % 2 == 0;
+        if (block > 0 && (early || !more)) make_query_gradients(a, at, block - 1);
+#else
+        if (block > 0) make_query_gradients(a, at, block - 1);
+#endif
+        if (!more) break;
+#pragma unroll
+        for (int m = 0; m < M_TILES; m++)
+#pragma unroll 1
+            for (int sub = 0; sub < QUERY_BLOCK / SUB_QUERIES; sub++) walk_queries(sums, a, at, block, sub, m);
+#ifdef STAGGER
+        if (block > 0 && !early) make_query_gradients(a, at, block - 1);
+#endif
+    }
     store_key_gradients(sums, a, at);
 }
 

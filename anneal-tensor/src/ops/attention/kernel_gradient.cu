@@ -167,37 +167,45 @@ __device__ __forceinline__ void store_bias_gradient(const Scores<M>& ds, const A
             }
 }
 
-/// Scores become `p^T`; `pairs` are the statistics of the columns.
+/// Log-sum and `rowsum(do * o)` of a thread's columns.
+struct Columns {
+    float log_sum[SUB_TILES][2], delta[SUB_TILES][2];
+
+    __device__ __forceinline__ void load(const Place& at, u32 pairs) {
+#pragma unroll
+        for (int n = 0; n < SUB_TILES; n++) {
+            const u32 address = pairs + n * 64 + at.lane % 4 * 16;
+            asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                         : "=f"(log_sum[n][0]), "=f"(delta[n][0]), "=f"(log_sum[n][1]), "=f"(delta[n][1]) : "r"(address) : "memory");
+        }
+    }
+};
+
+/// Scores become `p^T`.
 template <int M>
 __device__ __forceinline__ void make_probabilities(
-    Scores<M>& s, const Arguments& a, const Place& at, int tile, int first_query, u32 pairs, float log2_scale) {
+    Scores<M>& s, const Columns& columns, const Arguments& a, const Place& at, int tile, int first_query, float log2_scale) {
     if constexpr (BIAS != 0) add_bias<M>(s, a, at, tile, first_query, log2_scale);
     const float factor = BIAS == 0 ? log2_scale : 1.0f;
 #pragma unroll
-    for (int n = 0; n < SUB_TILES; n++) {
-        const float2 first = load_pair(pairs + n * 64 + at.lane % 4 * 16);
-        const float2 second = load_pair(pairs + n * 64 + at.lane % 4 * 16 + 8);
+    for (int n = 0; n < SUB_TILES; n++)
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) s[m][n][i] = exp2_fast(s[m][n][i] * factor - (i % 2 ? second.x : first.x));
-    }
+            for (int i = 0; i < 4; i++) s[m][n][i] = exp2_fast(s[m][n][i] * factor - columns.log_sum[n][i % 2]);
     if (!at.all_visible) hide_keys<M>(s, at, tile);
 }
 
 /// `dp^T` becomes `ds^T`.
 template <int M>
 __device__ __forceinline__ void make_gradients(
-    Scores<M>& dp, const Scores<M>& p, const Arguments& a, const Place& at, int tile, int first_query, u32 pairs) {
+    Scores<M>& dp, const Scores<M>& p, const Columns& columns, const Arguments& a, const Place& at, int tile, int first_query) {
 #pragma unroll
-    for (int n = 0; n < SUB_TILES; n++) {
-        const float2 first = load_pair(pairs + n * 64 + at.lane % 4 * 16);
-        const float2 second = load_pair(pairs + n * 64 + at.lane % 4 * 16 + 8);
+    for (int n = 0; n < SUB_TILES; n++)
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) dp[m][n][i] = p[m][n][i] * (dp[m][n][i] - (i % 2 ? second.y : first.y));
-    }
+            for (int i = 0; i < 4; i++) dp[m][n][i] = p[m][n][i] * (dp[m][n][i] - columns.delta[n][i % 2]);
     if constexpr (BIAS != 0)
         if (a.bias_partial != nullptr) store_bias_gradient<M>(dp, a, at, tile, first_query);
 }

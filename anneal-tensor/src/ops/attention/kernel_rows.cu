@@ -4,7 +4,9 @@
 // bytes; where a chunk of a row lies in a tile is the layout's choice, LAYOUT::at(row, chunk).
 
 constexpr int CHUNKS = HEAD_DIM / 8;
-constexpr int LANES_PER_ROW = 4;  // threads that copy one row, and share a row's results
+constexpr int WHOLE = CHUNKS / 8 * 8, REMAINDER = CHUNKS % 8;  // eight lanes take whole 128 bytes, fewer the rest
+constexpr int REMAINDER_LANES = REMAINDER > 4 ? 8 : REMAINDER > 2 ? 4 : REMAINDER > 1 ? 2 : 1;
+constexpr int LANES_PER_ROW = 4;  // threads that share a row's results, or the copy of a row that they read themselves
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM <= 128, "head dim");
 static_assert(ELEMENT == 2 || ELEMENT == 3, "tensor cores take bf16 or f16");
 
@@ -49,9 +51,8 @@ __device__ __forceinline__ void copy_chunks(u32 tile, const element* head, i64 s
 /// lanes take 128 bytes of a row, which touches the fewest sectors of memory; then come the rest.
 template <class LAYOUT, int ROWS, int THREADS>
 __device__ __forceinline__ void copy_rows(u32 tile, const element* head, i64 stride, int first, int limit) {
-    constexpr int WHOLE = CHUNKS / 8 * 8, REST = CHUNKS % 8, LANES = REST > 4 ? 8 : REST > 2 ? 4 : REST > 1 ? 2 : 1;
     if constexpr (WHOLE > 0) copy_chunks<LAYOUT, ROWS, THREADS, 8, 0, WHOLE>(tile, head, stride, first, limit);
-    if constexpr (REST > 0) copy_chunks<LAYOUT, ROWS, THREADS, LANES, WHOLE, REST>(tile, head, stride, first, limit);
+    if constexpr (REMAINDER > 0) copy_chunks<LAYOUT, ROWS, THREADS, REMAINDER_LANES, WHOLE, REMAINDER>(tile, head, stride, first, limit);
 }
 
 /// The same by four lanes a row: thread `t` copies, and may read before others see it, row `t / 4`.
@@ -62,9 +63,11 @@ __device__ __forceinline__ void copy_own_rows(u32 tile, const element* head, i64
 
 /// Asks for rows of a head to come to the L2 cache.
 __device__ __forceinline__ void prefetch_rows(const element* head, i64 stride, int first, int rows, int limit) {
-#if __CUDA_ARCH__ >= 900 && !defined(NO_PREFETCH)
-    for (int row = first + threadIdx.x; row < min(first + rows, limit); row += blockDim.x)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(head + row * stride), "r"(HEAD_DIM * 2) : "memory");
+#ifdef PREFETCH
+    for (int i = threadIdx.x; i < 2 * rows; i += blockDim.x) {
+        const int row = first + i / 2;
+        if (row < limit) asm volatile("prefetch.global.L2 [%0];" ::"l"(head + row * stride + i % 2 * (HEAD_DIM - 1)) : "memory");
+    }
 #endif
 }
 
@@ -110,36 +113,62 @@ __device__ __forceinline__ void pack_left(u32 (&a)[M][4], const float (&c)[M][N]
             a[m][i] = pack<ELEMENT>(c[m][2 * k + i / 2][i % 2 * 2], c[m][2 * k + i / 2][i % 2 * 2 + 1]);
 }
 
+/// Puts a warp's 16 rows of results, times `factor`, into rows `tile_row..+16` of a tile.
+template <class LAYOUT>
+__device__ __forceinline__ void stage_rows(const float (&c)[CHUNKS][4], const float (&factor)[2], u32 tile, int tile_row) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < CHUNKS; n++) {
+        const u32 upper = pack<ELEMENT>(c[n][0] * factor[0], c[n][1] * factor[0]);
+        const u32 lower = pack<ELEMENT>(c[n][2] * factor[1], c[n][3] * factor[1]);
+#if __CUDA_ARCH__ >= 900
+        const u32 address = tile + LAYOUT::at(tile_row + lane % 16, n);
+        asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(address), "r"(upper), "r"(lower) : "memory");
+#else
+        const u32 address = tile + LAYOUT::at(tile_row + lane / 4, n) + lane % 4 * 4;
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(upper) : "memory");
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile + LAYOUT::at(tile_row + 8 + lane / 4, n) + lane % 4 * 4), "r"(lower) : "memory");
+#endif
+    }
+}
+
+/// Stores chunks `FIRST..FIRST + COUNT` of 16 rows of a tile; `LANES` neighbours share a row.
+template <class LAYOUT, int LANES, int FIRST, int COUNT>
+__device__ __forceinline__ void store_chunks(u32 tile, int tile_row, element* head, i64 stride, int first, int limit) {
+    constexpr int STEP = 32 / LANES, PASSES = (16 + STEP - 1) / STEP, STEPS = (COUNT + LANES - 1) / LANES;
+    const int lane = threadIdx.x % 32, chunk = FIRST + lane % LANES;
+    u32 words[PASSES][STEPS][4];
+#pragma unroll
+    for (int pass = 0; pass < PASSES; pass++)
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            const int row = pass * STEP + lane / LANES;
+            if (row < 16) load_chunk(words[pass][step], tile + LAYOUT::at(tile_row + row, chunk + step * LANES));
+        }
+#pragma unroll
+    for (int pass = 0; pass < PASSES; pass++)
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            const int row = pass * STEP + lane / LANES;
+            const u32(&w)[4] = words[pass][step];
+            if (row < 16 && first + row < limit && chunk + step * LANES < FIRST + COUNT)
+                *reinterpret_cast<uint4*>(head + (first + row) * stride + (chunk + step * LANES) * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+}
+
 /// Stores a warp's 16 `M` rows of results, times `factor`, to rows `first..limit` of a head, in whole
 /// chunks: through a tile's rows from `tile_row` on, which no other warp reads any more.
 template <class LAYOUT, int M>
-__device__ __forceinline__ void store_rows(
-    const float (&c)[M][CHUNKS][4], const float (&factor)[M][2], u32 tile, int tile_row, element* head, i64 stride, int first, int limit) {
-    const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void store_rows(const float (&c)[M][CHUNKS][4], const float (&factor)[M][2], u32 tile, int tile_row,
+                                           element* head, i64 stride, int first, int limit) {
     __syncwarp();
 #pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int n = 0; n < CHUNKS; n++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const u32 word = pack<ELEMENT>(c[m][n][2 * i] * factor[m][i], c[m][n][2 * i + 1] * factor[m][i]);
-                const u32 address = tile + LAYOUT::at(tile_row + m * 16 + i * 8 + lane / 4, n) + lane % 4 * 4;
-                asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
-            }
+    for (int m = 0; m < M; m++) stage_rows<LAYOUT>(c[m], factor[m], tile, tile_row + 16 * m);
     __syncwarp();
 #pragma unroll
-    for (int start = 0; start < 16 * M; start += 8) {
-        const int row = start + lane / LANES_PER_ROW;
-        if (first + row >= limit) continue;
-        element* to = head + (first + row) * stride;
-#pragma unroll
-        for (int c = 0; c < CHUNKS; c += LANES_PER_ROW) {
-            const int chunk = c + lane % LANES_PER_ROW;
-            if (chunk >= CHUNKS) continue;
-            u32 words[4];
-            load_chunk(words, tile + LAYOUT::at(tile_row + row, chunk));
-            *reinterpret_cast<uint4*>(to + chunk * 8) = make_uint4(words[0], words[1], words[2], words[3]);
-        }
+    for (int m = 0; m < M; m++) {
+        const int row = tile_row + 16 * m, to = first + 16 * m;
+        if constexpr (WHOLE > 0) store_chunks<LAYOUT, 8, 0, WHOLE>(tile, row, head, stride, to, limit);
+        if constexpr (REMAINDER > 0) store_chunks<LAYOUT, REMAINDER_LANES, WHOLE, REMAINDER>(tile, row, head, stride, to, limit);
     }
 }
