@@ -106,7 +106,6 @@ __device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
     start_keys(a, at);
     start_queries(a, at, 0, log_sums);
     find_visible(a, at);
-    if (at.first_visit) prefetch_next(a);
     KeyGradients sums;
     clear(sums.key);
     clear(sums.value);

@@ -99,9 +99,11 @@ __device__ __forceinline__ void walk_queries(
         store_ds(ds_left[k][0], at, ds_tile(at, block), m, sub * SUB_TILES + 2 * k);
     }
     start_sums(sums.key[m], ds_left, queries, query_row);
+#ifdef WAIT_END
     wait_products<0>();
     hold(sums.key);
     hold(sums.value);
+#endif
 }
 
 /// `dq` of a block of queries whose `ds^T` all warpgroups have stored.
@@ -117,7 +119,6 @@ __device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
     start_keys(a, at);
     start_queries(a, at, 0, log_sums);
     clear_zeros<64>(at.shared + ZEROS_OFFSET);
-    if (at.first_visit) prefetch_next(a);
     find_visible(a, at);
     KeyGradients sums;
     clear(sums.key);
@@ -130,23 +131,20 @@ __device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
             wait_copies<0>();
             write_statistics(at, block, log_sums);
         }
+#ifndef WAIT_END
+        wait_products<0>();
+        hold(sums.key);
+        hold(sums.value);
+#endif
         publish();
         __syncthreads();
         if (block + 1 < blocks) start_queries(a, at, block + 1, log_sums);
-#ifdef STAGGER
-        const bool early = at.warp / 4 % 2 == 0;
-        if (block > 0 && (early || !more)) make_query_gradients(a, at, block - 1);
-#else
         if (block > 0) make_query_gradients(a, at, block - 1);
-#endif
         if (!more) break;
 #pragma unroll
         for (int m = 0; m < M_TILES; m++)
-#pragma unroll 1
+#pragma unroll SUB_UNROLL
             for (int sub = 0; sub < QUERY_BLOCK / SUB_QUERIES; sub++) walk_queries(sums, a, at, block, sub, m);
-#ifdef STAGGER
-        if (block > 0 && !early) make_query_gradients(a, at, block - 1);
-#endif
     }
     store_key_gradients(sums, a, at);
 }

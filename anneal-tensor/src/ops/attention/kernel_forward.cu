@@ -61,7 +61,7 @@ __device__ __forceinline__ void add_values(RowState& state, const float (&p)[M_T
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forward(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) unsigned char shared[];
-    const Position at = {int(blockIdx.z), int(blockIdx.y), int(blockIdx.x) * QUERY_ROWS, int(threadIdx.x / 32), int(threadIdx.x % 32)};
+    const Position at = {int(blockIdx.z), int(blockIdx.y), int(blockIdx.x) * QUERY_ROWS, warp_index(), int(threadIdx.x % 32)};
     const u32 query_tile = shared_address(shared);
     const u32 warp_queries = query_tile + at.warp * WARP_ROWS * ROW_BYTES;
     const u32 stages = query_tile + QUERY_ROWS * ROW_BYTES;

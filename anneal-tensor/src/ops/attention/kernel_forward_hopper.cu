@@ -16,6 +16,7 @@ constexpr int QUERY_ROWS = 64 * GROUPS;
 typedef PanelLayout<QUERY_ROWS> QueryLayout;
 typedef PanelLayout<KEY_BLOCK> KeyLayout;
 constexpr int KEY_BYTES = KeyLayout::BYTES;
+static_assert(KEY_BYTES % 1024 == 0, "tiles start at multiples of 1024");
 constexpr int STAGE_BYTES = 2 * KEY_BYTES;
 constexpr int STAGES_OFFSET = QueryLayout::BYTES;
 constexpr int ZERO_ROWS = KEY_BLOCK > 64 ? KEY_BLOCK : 64;
@@ -28,16 +29,6 @@ __device__ __forceinline__ void start_block(const Arguments& a, const Position& 
     copy_rows<KeyLayout, KEY_BLOCK, THREADS>(stage + KEY_BYTES, head_of(a.value, at.b, at.h), a.value.token, first, a.keys);
 }
 
-/// What the block of threads that follows here will read first.
-__device__ __forceinline__ void prefetch_next(const Arguments& a) {
-    dim3 next;
-    if (!next_block(next)) return;
-    prefetch_rows(head_of(a.query, next.z, next.y), a.query.token, next.x * QUERY_ROWS, QUERY_ROWS, a.queries);
-    if (next.x != 0) return;
-    prefetch_rows(head_of(a.key, next.z, next.y), a.key.token, 0, STAGES * KEY_BLOCK, a.keys);
-    prefetch_rows(head_of(a.value, next.z, next.y), a.value.token, 0, STAGES * KEY_BLOCK, a.keys);
-}
-
 /// Maxima are taken of unscaled scores, which needs a scale that is not negative.
 __device__ __forceinline__ void negate(float (&s)[1][KEY_TILES][4]) {
 #pragma unroll
@@ -48,7 +39,7 @@ __device__ __forceinline__ void negate(float (&s)[1][KEY_TILES][4]) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forward_hopper(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    const Position at = {int(blockIdx.z), int(blockIdx.y), int(blockIdx.x) * QUERY_ROWS, int(threadIdx.x / 32), int(threadIdx.x % 32)};
+    const Position at = {int(blockIdx.z), int(blockIdx.y), int(blockIdx.x) * QUERY_ROWS, warp_index(), int(threadIdx.x % 32)};
     const u32 query_tile = shared_address(shared), stages = query_tile + STAGES_OFFSET;
     const u32 zeros = query_tile + ZEROS_OFFSET, full = zeros + ZERO_ROWS * 16, empty = full + STAGES * 8;
     const int blocks = (a.keys + KEY_BLOCK - 1) / KEY_BLOCK;
@@ -67,7 +58,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
         start_block(a, at, stages, block);
         arrive_with_copies(full + block * 8);
     }
-    prefetch_next(a);
     RowState state;
     clear_state(state);
 #pragma unroll 1

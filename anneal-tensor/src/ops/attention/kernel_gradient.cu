@@ -68,20 +68,6 @@ __device__ __forceinline__ void start_queries(const Arguments& a, const Place& a
     }
 }
 
-/// What the block of threads that follows here will read first: with one block a multiprocessor,
-/// nothing else would hide the memory's latency at its start.
-__device__ __forceinline__ void prefetch_next(const Arguments& a) {
-    dim3 next;
-    if (!next_block(next)) return;
-    const int first_key = next.x * ((a.keys + gridDim.x - 1) / gridDim.x);
-    prefetch_rows(head_of(a.key, next.z, next.y), a.key.token, first_key, KEY_ROWS, a.keys);
-    prefetch_rows(head_of(a.value, next.z, next.y), a.value.token, first_key, KEY_ROWS, a.keys);
-    if (next.x != 0) return;
-    prefetch_rows(head_of(a.query, next.z, next.y), a.query.token, 0, KEY_ROWS, a.queries);
-    prefetch_rows(head_of(a.output_gradient, next.z, next.y), a.output_gradient.token, 0, KEY_ROWS, a.queries);
-    prefetch_rows(head_of(a.output, next.z, next.y), a.output.token, 0, KEY_ROWS, a.queries);
-}
-
 __device__ __forceinline__ float dot_of_chunk(u32 left, u32 right) {
     u32 x[4], y[4];
     load_chunk(x, left);
@@ -233,7 +219,7 @@ __device__ __forceinline__ void finish_queries(
         const int row = first_row + i * 8 + at.lane / 4, first_column = first_tile * 8 + at.lane % 4 * 2;
         if (row >= a.queries) continue;
         float* sums = partial + (head_index(a, at.b, at.h) + row) * HEAD_DIM + first_column;
-        element* to = head_of(a.query_gradient, at.b, at.h) + row * a.query_gradient.token + first_column;
+        element* to = head_of(a.query_gradient, at.b, at.h) + (row * u32(a.query_gradient.token) + first_column);
 #pragma unroll
         for (int n = 0; n < COUNT; n++) {
             const float x = c[n][2 * i], y = c[n][2 * i + 1];
@@ -280,7 +266,7 @@ __device__ __forceinline__ void visit_share(const Arguments& a, u32 shared) {
     Place at;
     at.b = blockIdx.z;
     at.h = blockIdx.y;
-    at.warp = threadIdx.x / 32;
+    at.warp = warp_index();
     at.lane = threadIdx.x % 32;
     at.shared = shared;
     const int blocks = (a.keys + KEY_ROWS - 1) / KEY_ROWS;

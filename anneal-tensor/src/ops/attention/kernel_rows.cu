@@ -1,7 +1,7 @@
 // Attention on CUDA, rows of a head in shared memory: asynchronous copies in, whole chunks out.
 //
 // Text between kernel_common and the kernels of tensor cores. A row is HEAD_DIM / 8 chunks of 16
-// bytes; where a chunk of a row lies in a tile is the layout's choice, LAYOUT::at(row, chunk).
+// bytes; offsets within a head fit 32 bits (rows times their stride, in elements); where a chunk of a row lies in a tile is the layout's choice, LAYOUT::at(row, chunk).
 
 constexpr int CHUNKS = HEAD_DIM / 8;
 constexpr int WHOLE = CHUNKS / 8 * 8, REMAINDER = CHUNKS % 8;  // eight lanes take whole 128 bytes, fewer the rest
@@ -9,6 +9,9 @@ constexpr int REMAINDER_LANES = REMAINDER > 4 ? 8 : REMAINDER > 2 ? 4 : REMAINDE
 constexpr int LANES_PER_ROW = 4;  // threads that share a row's results, or the copy of a row that they read themselves
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM <= 128, "head dim");
 static_assert(ELEMENT == 2 || ELEMENT == 3, "tensor cores take bf16 or f16");
+
+/// This thread's warp, in a form that the compiler knows to be the same for all of it.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return u32(__cvta_generic_to_shared(pointer));
@@ -28,20 +31,20 @@ template <int PENDING> __device__ __forceinline__ void wait_copies() {
 
 /// Starts copying chunks `FIRST..FIRST + COUNT` of rows; `LANES` neighbours share a row.
 template <class LAYOUT, int ROWS, int THREADS, int LANES, int FIRST, int COUNT>
-__device__ __forceinline__ void copy_chunks(u32 tile, const element* head, i64 stride, int first, int limit) {
+__device__ __forceinline__ void copy_chunks(u32 tile, const element* head, u32 stride, int first, int limit) {
     constexpr int STEP = THREADS / LANES;
     const int lane = threadIdx.x % LANES;
 #pragma unroll
     for (int start = 0; start < ROWS; start += STEP) {
         const int row = start + threadIdx.x / LANES;
         const bool valid = first + row < limit;
-        const element* from = valid ? head + (first + row) * stride : head;
+        const u32 offset = valid ? (first + row) * stride : 0;
         if (ROWS % STEP == 0 || row < ROWS) {
 #pragma unroll
             for (int c = 0; c < COUNT; c += LANES) {
                 const int chunk = FIRST + c + lane;
                 if (c + LANES <= COUNT || chunk < FIRST + COUNT)
-                    copy_16(tile + LAYOUT::at(row, chunk), from + chunk * 8, valid);
+                    copy_16(tile + LAYOUT::at(row, chunk), head + (offset + chunk * 8), valid);
             }
         }
     }
@@ -50,37 +53,15 @@ __device__ __forceinline__ void copy_chunks(u32 tile, const element* head, i64 s
 /// Starts copying rows `first..first + ROWS` of a head; rows from `limit` on become zeros. Eight
 /// lanes take 128 bytes of a row, which touches the fewest sectors of memory; then come the rest.
 template <class LAYOUT, int ROWS, int THREADS>
-__device__ __forceinline__ void copy_rows(u32 tile, const element* head, i64 stride, int first, int limit) {
+__device__ __forceinline__ void copy_rows(u32 tile, const element* head, u32 stride, int first, int limit) {
     if constexpr (WHOLE > 0) copy_chunks<LAYOUT, ROWS, THREADS, 8, 0, WHOLE>(tile, head, stride, first, limit);
     if constexpr (REMAINDER > 0) copy_chunks<LAYOUT, ROWS, THREADS, REMAINDER_LANES, WHOLE, REMAINDER>(tile, head, stride, first, limit);
 }
 
 /// The same by four lanes a row: thread `t` copies, and may read before others see it, row `t / 4`.
 template <class LAYOUT, int ROWS, int THREADS>
-__device__ __forceinline__ void copy_own_rows(u32 tile, const element* head, i64 stride, int first, int limit) {
+__device__ __forceinline__ void copy_own_rows(u32 tile, const element* head, u32 stride, int first, int limit) {
     copy_chunks<LAYOUT, ROWS, THREADS, LANES_PER_ROW, 0, CHUNKS>(tile, head, stride, first, limit);
-}
-
-/// Asks for rows of a head to come to the L2 cache.
-__device__ __forceinline__ void prefetch_rows(const element* head, i64 stride, int first, int rows, int limit) {
-#ifdef PREFETCH
-    for (int i = threadIdx.x; i < 2 * rows; i += blockDim.x) {
-        const int row = first + i / 2;
-        if (row < limit) asm volatile("prefetch.global.L2 [%0];" ::"l"(head + row * stride + i % 2 * (HEAD_DIM - 1)) : "memory");
-    }
-#endif
-}
-
-/// The block of threads that will probably run here next: all that fit at once are this many apart.
-__device__ __forceinline__ bool next_block(dim3& next) {
-    u32 multiprocessors;
-    asm("mov.u32 %0, %%nsmid;" : "=r"(multiprocessors));
-    u32 index = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z) + multiprocessors * MIN_BLOCKS;
-    next.x = index % gridDim.x;
-    index /= gridDim.x;
-    next.y = index % gridDim.y;
-    next.z = index / gridDim.y;
-    return next.z < gridDim.z;
 }
 
 __device__ __forceinline__ void load_chunk(u32 (&words)[4], u32 address) {
@@ -88,10 +69,10 @@ __device__ __forceinline__ void load_chunk(u32 (&words)[4], u32 address) {
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(address) : "memory");
 }
 
-__device__ __forceinline__ float2 load_pair(u32 address) {
-    float2 pair;
-    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address) : "memory");
-    return pair;
+/// Stores 16 bytes if `valid`, without a branch.
+__device__ __forceinline__ void store_16(void* to, const u32 (&words)[4], bool valid) {
+    asm volatile("{.reg .pred valid; setp.ne.b32 valid, %5, 0; @valid st.global.v4.b32 [%0], {%1,%2,%3,%4};}" ::"l"(to),
+                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(int(valid)) : "memory");
 }
 
 template <int M, int N> __device__ __forceinline__ void clear(float (&c)[M][N][4]) {
@@ -134,7 +115,7 @@ __device__ __forceinline__ void stage_rows(const float (&c)[CHUNKS][4], const fl
 
 /// Stores chunks `FIRST..FIRST + COUNT` of 16 rows of a tile; `LANES` neighbours share a row.
 template <class LAYOUT, int LANES, int FIRST, int COUNT>
-__device__ __forceinline__ void store_chunks(u32 tile, int tile_row, element* head, i64 stride, int first, int limit) {
+__device__ __forceinline__ void store_chunks(u32 tile, int tile_row, element* head, u32 stride, int first, int limit) {
     constexpr int STEP = 32 / LANES, PASSES = (16 + STEP - 1) / STEP, STEPS = (COUNT + LANES - 1) / LANES;
     const int lane = threadIdx.x % 32, chunk = FIRST + lane % LANES;
     u32 words[PASSES][STEPS][4];
@@ -150,9 +131,8 @@ __device__ __forceinline__ void store_chunks(u32 tile, int tile_row, element* he
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
             const int row = pass * STEP + lane / LANES;
-            const u32(&w)[4] = words[pass][step];
-            if (row < 16 && first + row < limit && chunk + step * LANES < FIRST + COUNT)
-                *reinterpret_cast<uint4*>(head + (first + row) * stride + (chunk + step * LANES) * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+            const bool valid = row < 16 && first + row < limit && chunk + step * LANES < FIRST + COUNT;
+            store_16(head + ((first + row) * stride + (chunk + step * LANES) * 8), words[pass][step], valid);
         }
 }
 
@@ -160,7 +140,7 @@ __device__ __forceinline__ void store_chunks(u32 tile, int tile_row, element* he
 /// chunks: through a tile's rows from `tile_row` on, which no other warp reads any more.
 template <class LAYOUT, int M>
 __device__ __forceinline__ void store_rows(const float (&c)[M][CHUNKS][4], const float (&factor)[M][2], u32 tile, int tile_row,
-                                           element* head, i64 stride, int first, int limit) {
+                                           element* head, u32 stride, int first, int limit) {
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < M; m++) stage_rows<LAYOUT>(c[m], factor[m], tile, tile_row + 16 * m);
