@@ -25,18 +25,17 @@ struct QuerySums {
 
 /// Starts `dq = ds k` of a block.
 __device__ __forceinline__ void start_query_gradients(QuerySums& c, const Place& at, int block) {
-    const u32 ds = ds_tile(at, block), keys = key_tile(at);
+    const Operand ds = chunk_operand(ds_tile(at, block), 128, DS_CHUNK_BYTES);
+    const Operand panels = panel_operand(key_tile(at) + at.warp / 4 * SHARE * 16);
+    const Operand rest = chunk_operand(key_tile(at) + PANELS * KeyLayout::PANEL_BYTES, 128, KeyLayout::CHUNK_BYTES);
     begin_products();
 #pragma unroll
     for (int k = 0; k < KEY_ROWS / 16; k++) {
-        const u64 a = chunk_descriptor(ds + k * 256, 128, DS_CHUNK_BYTES);
 #pragma unroll
         for (int panel = 0; panel < PANELS; panel++)
-            Product<SHARE>::shared<1, 1>(c.panel[panel], a,
-                panel_descriptor(keys + panel * KeyLayout::PANEL_BYTES + k * 2048 + at.warp / 4 * SHARE * 16), k > 0);
+            Product<SHARE>::shared<1, 1>(c.panel[panel], ds.at(k * 256), panels.at(panel * KeyLayout::PANEL_BYTES + k * 2048), k > 0);
         if constexpr (REST > 0)
-            Product<REST_TILES>::shared<1, 1>(c.rest[0], a,
-                chunk_descriptor(keys + PANELS * KeyLayout::PANEL_BYTES + k * 256, 128, KeyLayout::CHUNK_BYTES), k > 0);
+            Product<REST_TILES>::shared<1, 1>(c.rest[0], ds.at(k * 256), rest.at(k * 256), k > 0);
     }
     commit_products();
 }
@@ -63,13 +62,12 @@ __device__ __forceinline__ void store_ds(const u32 (&left)[4], const Place& at, 
 /// `dv += p^T do` or `dk += ds^T q`, started.
 __device__ __forceinline__ void start_sums(float (&c)[CHUNKS][4], const u32 (&left)[SUB_TILES / 2][1][4], u32 tile, int row) {
     begin_products();
-#pragma unroll
-    for (int k = 0; k < SUB_TILES / 2; k++) multiply_columns<QueryLayout>(c, left[k][0], tile, row + k * 16);
+    multiply_columns<QueryLayout>(c, left, tile, row);
     commit_products();
 }
 
-/// What one tile of 64 keys does with `SUB_QUERIES` queries of a block. It ends with no product running:
-/// the sums take most registers, and two steps at once would not fit in the rest.
+/// What one tile of 64 keys does with `SUB_QUERIES` queries of a block. It ends with products running, under
+/// which the next walk begins; more of them at once than these would not fit beside the sums in registers.
 __device__ __forceinline__ void walk_queries(
     KeyGradients& sums, const Arguments& a, const Place& at, int block, int sub, int m) {
     const int key_row = at.warp / 4 * GROUP_KEYS + m * 64, query_row = sub * SUB_QUERIES;
@@ -99,11 +97,6 @@ __device__ __forceinline__ void walk_queries(
         store_ds(ds_left[k][0], at, ds_tile(at, block), m, sub * SUB_TILES + 2 * k);
     }
     start_sums(sums.key[m], ds_left, queries, query_row);
-#ifdef WAIT_END
-    wait_products<0>();
-    hold(sums.key);
-    hold(sums.value);
-#endif
 }
 
 /// `dq` of a block of queries whose `ds^T` all warpgroups have stored.
@@ -131,11 +124,9 @@ __device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
             wait_copies<0>();
             write_statistics(at, block, log_sums);
         }
-#ifndef WAIT_END
         wait_products<0>();
         hold(sums.key);
         hold(sums.value);
-#endif
         publish();
         __syncthreads();
         if (block + 1 < blocks) start_queries(a, at, block + 1, log_sums);
@@ -143,7 +134,7 @@ __device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
         if (!more) break;
 #pragma unroll
         for (int m = 0; m < M_TILES; m++)
-#pragma unroll SUB_UNROLL
+#pragma unroll 1
             for (int sub = 0; sub < QUERY_BLOCK / SUB_QUERIES; sub++) walk_queries(sums, a, at, block, sub, m);
     }
     store_key_gradients(sums, a, at);

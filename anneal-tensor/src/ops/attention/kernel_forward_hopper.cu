@@ -88,9 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
         for (int k = 0; k < KEY_TILES / 2; k++) pack_left(left[k], s, k);
         hold(state.output);
         begin_products();
-#pragma unroll
-        for (int k = 0; k < KEY_TILES / 2; k++)
-            multiply_columns<KeyLayout>(state.output[0], left[k][0], key_tile + KEY_BYTES, k * 16);
+        multiply_columns<KeyLayout>(state.output[0], left, key_tile + KEY_BYTES, 0);
         commit_products();
         wait_products<0>();
         hold(state.output);

@@ -24,14 +24,19 @@ template <int ROW_COUNT> struct PanelLayout {
     }
 };
 
+/// An operand's descriptor; moving it is one addition.
+struct Operand {
+    u32 low, high;
+
+    __device__ __forceinline__ u64 at(u32 bytes) const { return u64(low + (bytes >> 4)) | u64(high) << 32; }
+};
+
 /// Of a panel: groups of 8 rows are 1024 bytes apart.
-__device__ __forceinline__ u64 panel_descriptor(u32 address) {
-    return u64((address & 0x3ffff) >> 4 | 1 << 16) | u64(1024 >> 4) << 32 | u64(1) << 62;
-}
+__device__ __forceinline__ Operand panel_operand(u32 address) { return {address >> 4 | 1 << 16, 1024 >> 4 | 1 << 30}; }
 
 /// Of single chunks: `leading` and `stride` are those of the manual, by which operand leads.
-__device__ __forceinline__ u64 chunk_descriptor(u32 address, u32 leading, u32 stride) {
-    return u64((address & 0x3ffff) >> 4 | leading >> 4 << 16) | u64(stride >> 4) << 32;
+__device__ __forceinline__ Operand chunk_operand(u32 address, u32 leading, u32 stride) {
+    return {address >> 4 | leading >> 4 << 16, stride >> 4};
 }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -140,32 +145,36 @@ template <int N, int ALL> __device__ __forceinline__ float (&part(float (&c)[ALL
 /// zero rows that follows both tiles in memory and completes an odd last chunk.
 template <class LEFT, class RIGHT, int N>
 __device__ __forceinline__ void multiply_rows(float (&c)[N][4], u32 left, int left_row, u32 right, int right_row, u32 zeros) {
+    const Operand x = panel_operand(left + left_row * 128), y = panel_operand(right + right_row * 128);
 #pragma unroll
-    for (int depth = 0; depth < 4 * PANELS; depth++) {
-        const u64 a = panel_descriptor(left + depth / 4 * LEFT::PANEL_BYTES + left_row * 128 + depth % 4 * 32);
-        const u64 b = panel_descriptor(right + depth / 4 * RIGHT::PANEL_BYTES + right_row * 128 + depth % 4 * 32);
-        Product<N>::template shared<0, 0>(c, a, b, depth > 0);
-    }
+    for (int depth = 0; depth < 4 * PANELS; depth++)
+        Product<N>::template shared<0, 0>(
+            c, x.at(depth / 4 * LEFT::PANEL_BYTES + depth % 4 * 32), y.at(depth / 4 * RIGHT::PANEL_BYTES + depth % 4 * 32), depth > 0);
     const u32 left_rest = left + PANELS * LEFT::PANEL_BYTES + left_row * 16;
     const u32 right_rest = right + PANELS * RIGHT::PANEL_BYTES + right_row * 16;
 #pragma unroll
     for (int chunk = 0; chunk < REST; chunk += 2) {
-        const u32 x = left_rest + chunk * LEFT::CHUNK_BYTES, y = right_rest + chunk * RIGHT::CHUNK_BYTES;
+        const u32 left_chunk = left_rest + chunk * LEFT::CHUNK_BYTES, right_chunk = right_rest + chunk * RIGHT::CHUNK_BYTES;
         const bool whole = chunk + 2 <= REST;
-        const u64 a = chunk_descriptor(x, whole ? LEFT::CHUNK_BYTES : zeros - x, 128);
-        const u64 b = chunk_descriptor(y, whole ? RIGHT::CHUNK_BYTES : zeros - y, 128);
-        Product<N>::template shared<0, 0>(c, a, b, PANELS > 0 || chunk > 0);
+        const Operand x = chunk_operand(left_chunk, whole ? LEFT::CHUNK_BYTES : zeros - left_chunk, 128);
+        const Operand y = chunk_operand(right_chunk, whole ? RIGHT::CHUNK_BYTES : zeros - right_chunk, 128);
+        Product<N>::template shared<0, 0>(c, x.at(0), y.at(0), PANELS > 0 || chunk > 0);
     }
 }
 
-/// `c += a rows`: 64 x 16 times 16 rows of a tile from `row` on, all columns.
-template <class LAYOUT> __device__ __forceinline__ void multiply_columns(float (&c)[CHUNKS][4], const u32 (&a)[4], u32 tile, int row) {
+/// `c += a rows`, `a` being `STEPS` fragments side by side: 64 rows by 16 STEPS rows of a tile from `row` on, all columns.
+template <class LAYOUT, int STEPS>
+__device__ __forceinline__ void multiply_columns(float (&c)[CHUNKS][4], const u32 (&a)[STEPS][1][4], u32 tile, int row) {
+    const Operand panels = panel_operand(tile + row * 128);
+    const Operand rest = chunk_operand(tile + PANELS * LAYOUT::PANEL_BYTES + row * 16, 128, LAYOUT::CHUNK_BYTES);
 #pragma unroll
-    for (int panel = 0; panel < PANELS; panel++)
-        Product<8>::registers<1>(part<8>(c, 8 * panel), a, panel_descriptor(tile + panel * LAYOUT::PANEL_BYTES + row * 128), 1);
-    if constexpr (REST > 0)
-        Product<REST_TILES>::registers<1>(part<REST_TILES>(c, CHUNKS - REST_TILES), a,
-            chunk_descriptor(tile + PANELS * LAYOUT::PANEL_BYTES + row * 16, 128, LAYOUT::CHUNK_BYTES), 1);
+    for (int k = 0; k < STEPS; k++) {
+#pragma unroll
+        for (int panel = 0; panel < PANELS; panel++)
+            Product<8>::registers<1>(part<8>(c, 8 * panel), a[k][0], panels.at(panel * LAYOUT::PANEL_BYTES + k * 16 * 128), 1);
+        if constexpr (REST > 0)
+            Product<REST_TILES>::template registers<1>(part<REST_TILES>(c, CHUNKS - REST_TILES), a[k][0], rest.at(k * 16 * 16), 1);
+    }
 }
 
 template <int ROWS> __device__ __forceinline__ void clear_zeros(u32 zeros) {
