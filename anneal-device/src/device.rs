@@ -4,12 +4,13 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::memory::Allocator;
-use crate::{Buffer, DeviceError, MemoryStatistics, Purpose, ThreadPool};
+use crate::{Buffer, CudaDevice, DeviceError, MemoryStatistics, Purpose, ThreadPool};
 
 /// A device; clones are the same device.
 #[derive(Clone)]
 pub enum Device {
     Cpu(Arc<CpuDevice>),
+    Cuda(Arc<CudaDevice>),
 }
 
 /// The host processor: a thread pool and a cache of memory.
@@ -30,11 +31,21 @@ impl Device {
         }))
     }
 
-    /// Reads `cpu` or `cpu:THREADS`.
+    /// A GPU, with an optional limit in bytes on the memory in use.
+    ///
+    /// # Errors
+    /// If a library that it needs is missing, with where it was looked for.
+    pub fn cuda(index: usize, memory_limit: Option<usize>) -> Result<Self, DeviceError> {
+        Ok(Device::Cuda(Arc::new(CudaDevice::new(index, memory_limit)?)))
+    }
+
+    /// Reads `cpu`, `cpu:THREADS`, `cuda` or `cuda:INDEX`.
     pub fn parse(name: &str, memory_limit: Option<usize>) -> Result<Self, DeviceError> {
         let unknown = || DeviceError::UnknownDevice { name: name.into() };
         match name.split_once(':') {
             None if name == "cpu" => Ok(Self::cpu(None, memory_limit)),
+            None if name == "cuda" => Self::cuda(0, memory_limit),
+            Some(("cuda", index)) => Self::cuda(index.parse().map_err(|_| unknown())?, memory_limit),
             Some(("cpu", threads)) => match threads.parse::<usize>() {
                 Ok(threads) if threads > 0 => Ok(Self::cpu(Some(threads), memory_limit)),
                 _ => Err(unknown()),
@@ -47,12 +58,14 @@ impl Device {
     pub fn allocate(&self, bytes: usize, purpose: Purpose) -> Result<Buffer, DeviceError> {
         match self {
             Device::Cpu(cpu) => cpu.allocator.allocate(bytes, purpose),
+            Device::Cuda(cuda) => cuda.allocate(bytes, purpose),
         }
     }
 
     pub fn memory(&self) -> MemoryStatistics {
         match self {
             Device::Cpu(cpu) => cpu.allocator.statistics(),
+            Device::Cuda(cuda) => cuda.memory(),
         }
     }
 
@@ -60,6 +73,18 @@ impl Device {
     pub fn reset_peak_memory(&self) {
         match self {
             Device::Cpu(cpu) => cpu.allocator.reset_peak(),
+            Device::Cuda(cuda) => cuda.reset_peak(),
+        }
+    }
+
+    /// Waits until all work so far is done; on the CPU it is done already.
+    ///
+    /// # Errors
+    /// What went wrong in work that was queued.
+    pub fn synchronize(&self) -> Result<(), DeviceError> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            Device::Cuda(cuda) => cuda.synchronize(),
         }
     }
 
@@ -67,6 +92,8 @@ impl Device {
     pub fn same(&self, other: &Device) -> bool {
         match (self, other) {
             (Device::Cpu(a), Device::Cpu(b)) => Arc::ptr_eq(a, b),
+            (Device::Cuda(a), Device::Cuda(b)) => Arc::ptr_eq(a, b),
+            _ => false,
         }
     }
 }
@@ -75,6 +102,7 @@ impl fmt::Display for Device {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Device::Cpu(cpu) => write!(formatter, "cpu:{}", cpu.pool.threads()),
+            Device::Cuda(cuda) => write!(formatter, "cuda:{}", cuda.ordinal()),
         }
     }
 }

@@ -56,6 +56,40 @@ impl MemoryStatistics {
     pub fn total(&self) -> usize {
         self.in_use.iter().sum()
     }
+
+    pub(crate) fn take(&mut self, purpose: Purpose, size: usize) {
+        let index = purpose as usize;
+        self.in_use[index] += size;
+        self.peak[index] = self.peak[index].max(self.in_use[index]);
+        self.peak_total = self.peak_total.max(self.total());
+    }
+
+    pub(crate) fn give(&mut self, purpose: Purpose, size: usize) {
+        self.in_use[purpose as usize] -= size;
+    }
+
+    pub(crate) fn reset_peak(&mut self) {
+        self.peak = self.in_use;
+        self.peak_total = self.total();
+    }
+}
+
+/// The table that an out-of-memory error shows.
+impl std::fmt::Display for MemoryStatistics {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mebibytes = |bytes: usize| bytes as f64 / f64::from(1 << 20);
+        writeln!(out, "{:<12} {:>12} {:>12}", "memory", "now MiB", "peak MiB")?;
+        for purpose in Purpose::ALL {
+            let (now, peak) = (self.in_use[purpose as usize], self.peak[purpose as usize]);
+            writeln!(out, "{:<12} {:>12.1} {:>12.1}", purpose.name(), mebibytes(now), mebibytes(peak))?;
+        }
+        write!(out, "{:<12} {:>12.1} {:>12.1}", "sum", mebibytes(self.total()), mebibytes(self.peak_total))
+    }
+}
+
+/// Who gets a buffer's memory back.
+pub(crate) trait Owner: Send + Sync {
+    fn release(&self, pointer: NonNull<u8>, size: usize, purpose: Purpose);
 }
 
 const ALIGNMENT: usize = 64;
@@ -89,9 +123,7 @@ impl Allocator {
     }
 
     pub(crate) fn reset_peak(&self) {
-        let statistics = &mut self.lock().statistics;
-        statistics.peak = statistics.in_use;
-        statistics.peak_total = statistics.total();
+        self.lock().statistics.reset_peak();
     }
 
     pub(crate) fn allocate(self: &Arc<Self>, bytes: usize, purpose: Purpose) -> Result<Buffer, DeviceError> {
@@ -118,11 +150,7 @@ impl Allocator {
                 (wanted, pointer)
             }
         };
-        let statistics = &mut state.statistics;
-        statistics.in_use[purpose as usize] += size;
-        statistics.peak[purpose as usize] =
-            statistics.peak[purpose as usize].max(statistics.in_use[purpose as usize]);
-        statistics.peak_total = statistics.peak_total.max(statistics.total());
+        state.statistics.take(purpose, size);
         drop(state);
         Ok(Buffer { pointer, size, bytes, purpose, owner: self.clone() })
     }
@@ -139,6 +167,14 @@ impl Allocator {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Owner for Allocator {
+    fn release(&self, pointer: NonNull<u8>, size: usize, purpose: Purpose) {
+        let mut state = self.lock();
+        state.statistics.give(purpose, size);
+        state.free.entry(size).or_default().push(pointer);
     }
 }
 
@@ -177,18 +213,20 @@ fn system_allocate(size: usize) -> Option<NonNull<u8>> {
 
 /// A block of memory, given back to its cache when dropped. Contents start unspecified.
 pub struct Buffer {
-    pointer: NonNull<u8>,
-    size: usize,
-    bytes: usize,
-    purpose: Purpose,
-    owner: Arc<Allocator>,
+    pub(crate) pointer: NonNull<u8>,
+    /// Bytes of the block, at least those asked for.
+    pub(crate) size: usize,
+    pub(crate) bytes: usize,
+    pub(crate) purpose: Purpose,
+    pub(crate) owner: Arc<dyn Owner>,
 }
 // SAFETY: a buffer is plain memory; who may write it is the tensor layer's concern.
 unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
-    /// First byte, aligned to 64.
+    /// First byte, aligned to 64; an address of the device's memory, which the host may not follow if
+    /// the device is not the host.
     pub fn as_ptr(&self) -> *mut u8 {
         self.pointer.as_ptr()
     }
@@ -205,9 +243,7 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let mut state = self.owner.lock();
-        state.statistics.in_use[self.purpose as usize] -= self.size;
-        state.free.entry(self.size).or_default().push(self.pointer);
+        self.owner.release(self.pointer, self.size, self.purpose);
     }
 }
 

@@ -8,6 +8,7 @@
 
 mod dtype;
 mod error;
+pub mod kernels;
 pub mod ops;
 pub mod parallel;
 pub mod rng;
@@ -22,8 +23,9 @@ pub use error::TensorError;
 pub use half;
 pub use shape::{Dims, dims};
 pub use tape::{
-    BackwardPass, Leaf, Op, Outputs, Phase, Saver, Scope, Sink, Tape, apply, checkpoint, refuse_tracked,
+    BackwardPass, Leaf, Op, Outputs, Phase, Remake, Remaking, Saver, Scope, Sink, Tape, apply, checkpoint,
+    refuse_tracked,
 };
-pub use tensor::Tensor;
+pub use tensor::{Pending, Tensor};
 
 pub type Result<T, E = TensorError> = std::result::Result<T, E>;

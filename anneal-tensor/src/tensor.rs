@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use anneal_device::cuda::PendingRead;
 use anneal_device::{Buffer, Device, Purpose};
 
 use crate::shape::{contiguous_strides, is_contiguous};
@@ -32,16 +33,19 @@ impl Tensor {
     /// Memory of unspecified contents, counted under `purpose`.
     pub fn empty_for(device: &Device, sizes: &[usize], dtype: DType, purpose: Purpose) -> Result<Self> {
         let elements: usize = sizes.iter().product();
-        let buffer = Arc::new(device.allocate(elements * dtype.size(), purpose)?);
-        Ok(Self {
-            buffer,
+        Ok(Self::of_buffer(device, device.allocate(elements * dtype.size(), purpose)?, sizes, dtype))
+    }
+
+    fn of_buffer(device: &Device, buffer: Buffer, sizes: &[usize], dtype: DType) -> Self {
+        Self {
+            buffer: Arc::new(buffer),
             device: device.clone(),
             dtype,
             offset: 0,
             dims: dims(sizes),
             strides: contiguous_strides(sizes),
             track: None,
-        })
+        }
     }
 
     pub fn zeros(device: &Device, sizes: &[usize], dtype: DType) -> Result<Self> {
@@ -50,8 +54,12 @@ impl Tensor {
 
     pub fn zeros_for(device: &Device, sizes: &[usize], dtype: DType, purpose: Purpose) -> Result<Self> {
         let tensor = Self::empty_for(device, sizes, dtype, purpose)?;
+        let (start, bytes) = (tensor.buffer.as_ptr(), tensor.elements() * dtype.size());
         // SAFETY: the buffer is fresh, of at least this many bytes, and zero bits are a zero of every dtype.
-        unsafe { std::ptr::write_bytes(tensor.buffer.as_ptr(), 0, tensor.elements() * dtype.size()) };
+        match device {
+            Device::Cpu(_) => unsafe { std::ptr::write_bytes(start, 0, bytes) },
+            Device::Cuda(cuda) => unsafe { cuda.fill_bytes(start, 0, bytes)? },
+        }
         Ok(tensor)
     }
 
@@ -61,8 +69,30 @@ impl Tensor {
             let message = format!("{} values do not fill the shape {sizes:?}", values.len());
             return Err(TensorError::shape("from_slice", message));
         }
-        let mut tensor = Self::empty(device, sizes, T::DTYPE)?;
-        tensor.data_mut::<T>().copy_from_slice(values);
+        match device {
+            Device::Cpu(_) => {
+                let mut tensor = Self::empty(device, sizes, T::DTYPE)?;
+                tensor.data_mut::<T>().copy_from_slice(values);
+                Ok(tensor)
+            }
+            Device::Cuda(cuda) => {
+                let buffer = cuda.upload(bytemuck::cast_slice(values), Purpose::Activations)?;
+                Ok(Self::of_buffer(device, buffer, sizes, T::DTYPE))
+            }
+        }
+    }
+
+    /// A tensor of f32 with one value throughout; unlike [`Self::from_slice`] it may stand for a number
+    /// that belongs to a captured step.
+    pub fn full(device: &Device, value: f32, sizes: &[usize]) -> Result<Self> {
+        let mut tensor = Self::empty(device, sizes, DType::F32)?;
+        match device {
+            Device::Cpu(_) => tensor.data_mut::<f32>().fill(value),
+            // SAFETY: the buffer is fresh and holds these words.
+            Device::Cuda(cuda) => unsafe {
+                cuda.fill_words(tensor.buffer.as_ptr(), value.to_bits(), tensor.elements())?;
+            },
+        }
         Ok(tensor)
     }
 
@@ -71,11 +101,28 @@ impl Tensor {
     /// # Errors
     /// If `T` is not the tensor's dtype (no conversion happens here; see `ops::cast`).
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
+        self.read_later()?.wait()
+    }
+
+    /// The same, asked for now and waited for later: the device goes on working.
+    ///
+    /// # Errors
+    /// As [`Self::to_vec`].
+    pub fn read_later<T: Element>(&self) -> Result<Pending<T>> {
         if T::DTYPE != self.dtype {
             let message = format!("a tensor of {} was read as {}", self.dtype, T::DTYPE);
             return Err(TensorError::DType { op: "to_vec", message });
         }
-        Ok(self.contiguous()?.data::<T>().to_vec())
+        let dense = self.contiguous()?;
+        let read = match &self.device {
+            Device::Cpu(_) => Read::Here(dense.data::<T>().to_vec()),
+            Device::Cuda(cuda) => {
+                let bytes = dense.elements() * self.dtype.size();
+                // SAFETY: the tensor has as many bytes, and the pending read holds it.
+                Read::Device(unsafe { cuda.read_later(dense.pointer::<T>().cast(), bytes)? })
+            }
+        };
+        Ok(Pending { read, _source: dense })
     }
 
     pub fn device(&self) -> &Device {
@@ -145,6 +192,7 @@ impl Tensor {
     /// # Panics
     /// If the view is strided or `T` is not the dtype.
     pub fn data<T: Element>(&self) -> &[T] {
+        self.assert_on_host();
         assert!(self.is_contiguous(), "a kernel asked for contiguous data of a strided view");
         // SAFETY: the range lies within the buffer; writers follow the rule in the type's docs.
         unsafe { std::slice::from_raw_parts(self.pointer(), self.elements()) }
@@ -165,8 +213,19 @@ impl Tensor {
     /// # Safety
     /// Nobody reads or writes these elements while the slice lives.
     pub unsafe fn shared_data_mut<T: Element>(&mut self) -> &mut [T] {
+        self.assert_on_host();
         assert!(self.is_contiguous(), "a kernel asked for contiguous data of a strided view");
         unsafe { std::slice::from_raw_parts_mut(self.pointer(), self.elements()) }
+    }
+
+    fn assert_on_host(&self) {
+        assert!(matches!(self.device, Device::Cpu(_)), "the host asked for memory of {}", self.device);
+    }
+
+    /// Address of the first element of the view, whatever its dtype.
+    pub fn address(&self) -> *mut u8 {
+        // SAFETY: the offset lies within the buffer by construction of every view.
+        unsafe { self.buffer.as_ptr().add(self.offset * self.dtype.size()) }
     }
 
     /// Whether no other tensor holds this memory, so that it may be reused in place.
@@ -209,6 +268,36 @@ impl Tensor {
         let copy = Self::empty(&self.device, &self.dims, self.dtype)?;
         crate::ops::copy::strided(self, &copy)?;
         Ok(copy)
+    }
+}
+
+/// Values on their way to the host.
+pub struct Pending<T> {
+    read: Read<T>,
+    /// Keeps the memory until it has been read.
+    _source: Tensor,
+}
+
+enum Read<T> {
+    Here(Vec<T>),
+    Device(PendingRead),
+}
+
+impl<T: Element> Pending<T> {
+    /// Whether the values are there, so that [`Self::wait`] does not wait.
+    pub fn ready(&self) -> Result<bool> {
+        match &self.read {
+            Read::Here(_) => Ok(true),
+            Read::Device(read) => Ok(read.ready()?),
+        }
+    }
+
+    /// The values in row-major order.
+    pub fn wait(self) -> Result<Vec<T>> {
+        match self.read {
+            Read::Here(values) => Ok(values),
+            Read::Device(read) => Ok(bytemuck::pod_collect_to_vec(&read.wait()?)),
+        }
     }
 }
 

@@ -13,6 +13,6 @@ mod tolerances;
 
 pub use compare::{assert_close, relative_error};
 pub use golden::Golden;
-pub use op_check::{Array, check_op, poisoned_cpu};
+pub use op_check::{Array, CudaTurn, check_op, on_every_device, poisoned_cpu, poisoned_cuda};
 pub use skip::{skip_without, skipped};
 pub use tolerances::Tolerance;

@@ -2,15 +2,17 @@
 //!
 //! An op is compared with a plain f64 reference of its formula, and its gradients with
 //! central differences of that reference (whose own error is near 1e-9, so the op's
-//! rounding is all that is left). Each case runs on every device present and for one and
-//! several threads (equal bits), with contiguous and with strided inputs, in memory that
-//! was filled with NaN, in f32 and, on inputs rounded to the type, in bf16 and f16.
+//! rounding is all that is left). Each case runs on every device present, for one and
+//! several threads (equal bits) and twice on a GPU (equal bits), with contiguous and with strided inputs, in
+//! memory that was filled with NaN, in f32 and, on inputs rounded to the type, in bf16 and f16.
+
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use anneal_device::Device;
 use anneal_tensor::rng::{Purpose, Stream};
 use anneal_tensor::{DType, Result, Tape, Tensor, ops};
 
-use crate::Tolerance;
+use crate::{Tolerance, skip_without};
 
 /// A plain array of the reference: sizes and values in row-major order.
 #[derive(Clone, Debug)]
@@ -114,6 +116,40 @@ pub fn poisoned_cpu(threads: usize) -> Device {
     device
 }
 
+/// The first GPU with its free memory filled with NaN, if there is one; shared by the tests of a
+/// process, which then run one after the other.
+///
+/// # Panics
+/// If there is none but `ANNEAL_REQUIRE_CUDA` is set.
+pub fn poisoned_cuda() -> Option<CudaTurn> {
+    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
+    static TURN: Mutex<()> = Mutex::new(());
+    let device = DEVICE.get_or_init(|| match Device::cuda(0, None) {
+        Ok(device) => Some(device),
+        Err(error) if std::env::var_os("ANNEAL_REQUIRE_CUDA").is_some() => panic!("{error}"),
+        Err(_) => None,
+    });
+    let device = device.clone()?;
+    let turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    Tensor::full(&device, f32::NAN, &[16 << 20]).expect("memory to fill with NaN");
+    Some(CudaTurn { device, _turn: turn })
+}
+
+/// A GPU for as long as this lives.
+pub struct CudaTurn {
+    pub device: Device,
+    _turn: MutexGuard<'static, ()>,
+}
+
+/// Calls `test` on the CPU and on the GPU; a machine without one says so and counts it.
+pub fn on_every_device(name: &str, test: impl Fn(&Device)) {
+    test(&poisoned_cpu(2));
+    match poisoned_cuda() {
+        Some(turn) => test(&turn.device),
+        None => skip_without("CUDA device", name),
+    }
+}
+
 /// Checks an op on float inputs; see the module's head. `reference` is its formula in f64.
 ///
 /// # Panics
@@ -124,6 +160,9 @@ pub fn check_op(
     op: impl Fn(&[Tensor]) -> Result<Vec<Tensor>>,
     reference: impl Fn(&[Array]) -> Vec<Array>,
 ) {
+    if poisoned_cuda().is_none() {
+        skip_without("CUDA device", name);
+    }
     for dtype in [DType::F32, DType::BF16, DType::F16] {
         let inputs: Vec<Array> = inputs.iter().map(|input| input.rounded(dtype)).collect();
         let expected = expect(&inputs, &reference);
@@ -133,6 +172,12 @@ pub fn check_op(
             compare(&case, dtype, &got, &expected);
             let again = run(&poisoned_cpu(3), &inputs, dtype, layout, &op, &expected);
             assert_eq!(got.bits(), again.bits(), "{case}: one thread and three differ");
+            let Some(turn) = poisoned_cuda() else { continue };
+            let case = format!("{case} on {}", turn.device);
+            let got = run(&turn.device, &inputs, dtype, layout, &op, &expected);
+            compare(&case, dtype, &got, &expected);
+            let again = run(&turn.device, &inputs, dtype, layout, &op, &expected);
+            assert_eq!(got.bits(), again.bits(), "{case}: two runs differ");
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Chores of the repository, as `cargo xtask CHORE`.
 
+mod kernels;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -24,6 +25,13 @@ enum Chore {
         #[arg(long)]
         tighten: bool,
     },
+    /// Compiles every CUDA kernel for the architectures that Anneal supports; needs NVRTC
+    /// (`pip install nvidia-cuda-nvrtc`), but no GPU.
+    Kernels {
+        /// Architectures such as sm_90a, separated by commas.
+        #[arg(long, value_delimiter = ',', default_values = kernels::ARCHITECTURES)]
+        architectures: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -39,6 +47,11 @@ fn main() -> ExitCode {
 fn run(chore: Chore) -> anyhow::Result<ExitCode> {
     let root = repository_root();
     match chore {
+        Chore::Kernels { architectures } => {
+            let count = kernels::compile_all(&architectures)?;
+            println!("kernels: {count} variants compile for {}", architectures.join(", "));
+            Ok(ExitCode::SUCCESS)
+        }
         Chore::Tidy { tighten } => {
             if tighten {
                 tidy::tighten(&root)?;

@@ -139,6 +139,7 @@ impl AdamW {
         let chunks = self.chunks.iter().map(|state| store.chunk(state.chunk)).collect::<Result<Vec<_>>>()?;
         let squares = match &device {
             Device::Cpu(cpu) => cpu::squared_norm(&cpu.pool, &self.tasks, &chunks),
+            Device::Cuda(_) => return Err(anneal_tensor::TensorError::unsupported_device("adamw")),
         };
         let report = StepReport { gradient_norm: squares.sqrt(), skipped: !squares.is_finite() };
         if !report.skipped {
@@ -146,6 +147,7 @@ impl AdamW {
             let constants = self.constants(learning_rate, report.gradient_norm);
             match &device {
                 Device::Cpu(cpu) => cpu::update(&cpu.pool, &self.tasks, &self.chunks, &chunks, &constants)?,
+                Device::Cuda(_) => return Err(anneal_tensor::TensorError::unsupported_device("adamw")),
             }
         }
         store.clear_gradients();

@@ -44,7 +44,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("anneal-jobs", &["anneal-recipe"]),
     ("anneal", &["anneal-train", "anneal-infer", "anneal-serve", "anneal-jobs"]),
     (TESTKIT, &["anneal-nn"]),
-    ("xtask", &["anneal-recipe", "anneal-device"]),
+    ("xtask", &["anneal-recipe", "anneal-device", "anneal-tensor", "anneal-optim"]),
 ];
 
 const TESTKIT: &str = "anneal-testkit";

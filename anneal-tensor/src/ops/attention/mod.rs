@@ -227,6 +227,7 @@ impl Op for Attention {
             Device::Cpu(cpu) => {
                 cpu::forward(&cpu.pool, &self.sizes, self.scale, &operands, &output, log_sums.as_ref());
             }
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("attention")),
         }
         if let Some(log_sums) = &log_sums {
             for (index, input) in prepared.iter().enumerate() {
@@ -267,6 +268,7 @@ impl Op for Attention {
             Device::Cpu(cpu) => {
                 cpu::backward(&cpu.pool, &self.sizes, self.scale, &operands, &saved, &gradients)?;
             }
+            Device::Cuda(_) => return Err(TensorError::unsupported_device("attention")),
         }
         drop(gradients);
         for (index, gradient) in given.into_iter().chain(self.has_bias.then_some(bias)).enumerate() {

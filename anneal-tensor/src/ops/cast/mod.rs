@@ -1,6 +1,7 @@
 //! Conversion between float dtypes: `y = x` rounded to nearest even.
 
 mod cpu;
+pub(super) mod cuda;
 
 use crate::{BackwardPass, DType, Op, Outputs, Result, Saver, Tensor, TensorError, apply};
 use anneal_device::Device;
@@ -31,6 +32,7 @@ fn converted(input: &Tensor, dtype: DType) -> Result<Tensor> {
     let mut output = Tensor::empty(input.device(), input.dims(), dtype)?;
     match input.device() {
         Device::Cpu(cpu) => cpu::convert(&cpu.pool, &input, &mut output)?,
+        Device::Cuda(cuda) => cuda::convert(cuda, &input, &output)?,
     }
     Ok(output)
 }

@@ -112,7 +112,7 @@ fn tensor(device: &Device, seed: u64, sizes: &[usize]) -> Tensor {
 /// Output and all gradients, one after the other.
 fn evaluate(unit: Unit, sizes: &Sizes, masked: bool) -> Vec<f32> {
     let device = Device::cpu(Some(2), None);
-    let Device::Cpu(cpu) = &device;
+    let Device::Cpu(cpu) = &device else { unreachable!("the device is the CPU") };
     let Sizes { batch, queries, keys, heads, dim } = *sizes;
     let mask: Vec<u8> = (0..batch * keys).map(|key| u8::from(key % 5 != 2)).collect();
     let operands = Operands {

@@ -1,0 +1,163 @@
+//! Kernels from CUDA C++ to machine code: NVRTC, with a cache on disk.
+//!
+//! Contract: a source is text that includes no file; [`PRELUDE`] goes before it. The result is a
+//! function of text, options, architecture and compiler version, whose hash names the file in the cache:
+//! `ANNEAL_CACHE`, else `XDG_CACHE_HOME/anneal`, else `~/.cache/anneal`, in the folder `kernels`. A cache that cannot be
+//! written is not an error: the kernel is compiled again next time.
+
+use std::ffi::{CStr, CString, c_char};
+use std::path::{Path, PathBuf};
+
+use cudarc::nvrtc::sys;
+use sha2::{Digest, Sha256};
+
+use super::libraries::{Libraries, Library};
+use crate::DeviceError;
+
+/// What every kernel may use: element types, vector loads, reductions, the counter generator.
+pub const PRELUDE: &str = include_str!("prelude.cuh");
+
+/// A kernel file of an op.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// Names the file in errors.
+    pub name: &'static str,
+    /// CUDA C++; its functions are `extern "C" __global__`.
+    pub code: &'static str,
+}
+
+/// Macros that a source is compiled with, in a fixed order.
+pub type Macros<'a> = &'a [(&'static str, String)];
+
+/// A source with the macros of one use, for compiling all kernels ahead.
+#[derive(Clone, Debug)]
+pub struct Variant {
+    pub source: Source,
+    pub macros: Vec<(&'static str, String)>,
+}
+
+/// Machine code for an architecture (`sm_90a`), from the cache or the compiler.
+///
+/// # Errors
+/// If NVRTC is missing or the source does not compile; the compiler's log is in the message.
+pub fn compile(source: &Source, macros: Macros, architecture: &str) -> Result<Vec<u8>, DeviceError> {
+    if Libraries::load().get(Library::Nvrtc).is_none() {
+        return Err(DeviceError::NoLibrary {
+            library: "NVRTC (libnvrtc)",
+            what: "compiling kernels",
+            hint: format!("pip install nvidia-cuda-nvrtc; {}", Libraries::load().searched_text()),
+        });
+    }
+    let mut options = vec![
+        format!("--gpu-architecture={architecture}"),
+        "--std=c++17".into(),
+        // Fast mathematics would change divisions and functions behind the kernels' backs: they name
+        // the fast forms where those are good enough.
+        "--fmad=true".into(),
+    ];
+    options.extend(macros.iter().map(|(name, value)| format!("-D{name}={value}")));
+    let text = format!("{PRELUDE}\n#line 1 \"{}.cu\"\n{}", source.name, source.code);
+    let path = cache_path(&text, &options);
+    if let Some(cubin) = path.as_deref().and_then(read_cached) {
+        return Ok(cubin);
+    }
+    let cubin = compile_text(source.name, &text, &options, architecture)?;
+    if let Some(path) = path {
+        write_cached(&path, &cubin);
+    }
+    Ok(cubin)
+}
+
+fn compile_text(
+    name: &str,
+    text: &str,
+    options: &[String],
+    architecture: &str,
+) -> Result<Vec<u8>, DeviceError> {
+    let failed =
+        |log: String| DeviceError::Compile { kernel: name.into(), architecture: architecture.into(), log };
+    let text = CString::new(text).map_err(|_| failed("the source holds a zero byte".into()))?;
+    let file = CString::new(format!("{name}.cu")).expect("names of kernels are plain");
+    let options: Vec<CString> =
+        options.iter().map(|option| CString::new(option.as_str()).expect("options are plain")).collect();
+    let pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
+    let mut program = std::ptr::null_mut();
+    // SAFETY: the library is there; all texts live until the program is destroyed, and buffers
+    // have the sizes that the library asked for.
+    unsafe {
+        let none = std::ptr::null();
+        let created = sys::nvrtcCreateProgram(&mut program, text.as_ptr(), file.as_ptr(), 0, none, none);
+        if created != sys::nvrtcResult::NVRTC_SUCCESS {
+            return Err(failed(format!("NVRTC refused it: {created:?}")));
+        }
+        let compiled = sys::nvrtcCompileProgram(program, pointers.len() as i32, pointers.as_ptr());
+        let result = if compiled == sys::nvrtcResult::NVRTC_SUCCESS {
+            let mut size = 0;
+            sys::nvrtcGetCUBINSize(program, &mut size);
+            let mut cubin = vec![0u8; size];
+            match sys::nvrtcGetCUBIN(program, cubin.as_mut_ptr().cast()) {
+                sys::nvrtcResult::NVRTC_SUCCESS if size > 0 => Ok(cubin),
+                other => Err(failed(format!("no machine code: {other:?}"))),
+            }
+        } else {
+            Err(failed(program_log(program)))
+        };
+        sys::nvrtcDestroyProgram(&mut program);
+        result
+    }
+}
+
+/// # Safety
+/// The program exists.
+unsafe fn program_log(program: sys::nvrtcProgram) -> String {
+    let mut size = 0;
+    unsafe {
+        sys::nvrtcGetProgramLogSize(program, &mut size);
+        let mut log = vec![0u8; size.max(1)];
+        sys::nvrtcGetProgramLog(program, log.as_mut_ptr().cast());
+        CStr::from_bytes_until_nul(&log)
+            .map_or_else(|_| "no log".into(), |log| log.to_string_lossy().into_owned())
+    }
+}
+
+/// Version of the compiler, as (major, minor); `None` if it is missing.
+pub fn version() -> Option<(i32, i32)> {
+    Libraries::load().get(Library::Nvrtc)?;
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: the library is there.
+    unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
+    Some((major, minor))
+}
+
+/// The folder of everything that may be deleted and made again.
+pub fn cache_folder() -> Option<PathBuf> {
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    variable("ANNEAL_CACHE")
+        .or_else(|| Some(variable("XDG_CACHE_HOME")?.join("anneal")))
+        .or_else(|| Some(variable("HOME")?.join(".cache/anneal")))
+}
+
+fn cache_path(text: &str, options: &[String]) -> Option<PathBuf> {
+    let (major, minor) = version()?;
+    let mut hash = Sha256::new();
+    hash.update(text.as_bytes());
+    options.iter().for_each(|option| hash.update(option.as_bytes()));
+    hash.update(format!("nvrtc {major}.{minor}"));
+    let name: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Some(cache_folder()?.join("kernels").join(format!("{name}.cubin")))
+}
+
+/// An ELF file, or nothing: a file that was cut off is compiled again.
+fn read_cached(path: &Path) -> Option<Vec<u8>> {
+    std::fs::read(path).ok().filter(|bytes| bytes.starts_with(b"\x7fELF"))
+}
+
+/// Best effort, by a rename so that no reader sees half a file.
+pub(crate) fn write_cached(path: &Path, bytes: &[u8]) {
+    let Some(folder) = path.parent() else { return };
+    let temporary = path.with_extension(format!("{}.new", std::process::id()));
+    let written = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&temporary, bytes));
+    if written.and_then(|()| std::fs::rename(&temporary, path)).is_err() {
+        let _ = std::fs::remove_file(&temporary);
+    }
+}

@@ -1,0 +1,190 @@
+//! Finds NVIDIA's libraries at run time and brings them into the process.
+//!
+//! Looked at in order: what the dynamic loader finds by itself, `CUDA_HOME` (or `CUDA_PATH`,
+//! `/usr/local/cuda`), and the `nvidia/*/lib` folders of installed Python environments (active
+//! virtual environment, the interpreters on `PATH`, the user's site packages). A library that is found is
+//! opened by its path with global symbols, after which the bindings find it by name; the
+//! bindings panic where it is missing, so nothing may call them before [`Libraries::get`] says it
+//! is there. libnvrtc-builtins is opened before libnvrtc, which else fails inside cuDNN.
+//! Not done: Windows and macOS, where CUDA devices are reported as missing.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+/// A library that the engine can use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Library {
+    Driver,
+    NvrtcBuiltins,
+    Nvrtc,
+    CublasLt,
+    Cudnn,
+    Nccl,
+}
+
+impl Library {
+    pub const ALL: [Library; 6] = [
+        Library::Driver,
+        Library::NvrtcBuiltins,
+        Library::Nvrtc,
+        Library::CublasLt,
+        Library::Cudnn,
+        Library::Nccl,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Library::Driver => "libcuda",
+            Library::NvrtcBuiltins => "libnvrtc-builtins",
+            Library::Nvrtc => "libnvrtc",
+            Library::CublasLt => "libcublasLt",
+            Library::Cudnn => "libcudnn",
+            Library::Nccl => "libnccl",
+        }
+    }
+
+    /// What it is for, and how to get it.
+    pub fn hint(self) -> &'static str {
+        match self {
+            Library::Driver => "comes with NVIDIA's driver",
+            Library::NvrtcBuiltins | Library::Nvrtc => "compiles kernels: pip install nvidia-cuda-nvrtc",
+            Library::CublasLt => "multiplies matrices: pip install nvidia-cublas",
+            Library::Cudnn => "attention over long sequences, optional: pip install nvidia-cudnn-cu13",
+            Library::Nccl => "several devices, optional: pip install nvidia-nccl-cu13",
+        }
+    }
+
+    /// File names that a loader may know, newest first.
+    fn file_names(self) -> Vec<String> {
+        let versions: &[&str] = match self {
+            Library::Driver => &[".1", ""],
+            Library::NvrtcBuiltins => &[".13.3", ".13.2", ".13.1", ".13.0", ".12.9", ".12.8", ""],
+            Library::Nvrtc | Library::CublasLt => &[".13", ".12", ""],
+            Library::Cudnn => &[".9", ""],
+            Library::Nccl => &[".2", ""],
+        };
+        versions.iter().map(|version| format!("{}.so{version}", self.name())).collect()
+    }
+}
+
+/// A library that was found.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// Where; the bare name if the loader found it by itself.
+    pub path: PathBuf,
+}
+
+/// What was found, and where it was looked for.
+pub struct Libraries {
+    found: [Option<Found>; 6],
+    pub searched: Vec<PathBuf>,
+}
+
+impl Libraries {
+    /// Looks once for the whole process.
+    pub fn load() -> &'static Libraries {
+        static LIBRARIES: OnceLock<Libraries> = OnceLock::new();
+        LIBRARIES.get_or_init(|| {
+            let searched = folders();
+            let found = Library::ALL.map(|library| open(library, &searched));
+            Libraries { found, searched }
+        })
+    }
+
+    pub fn get(&self, library: Library) -> Option<&Found> {
+        self.found[library as usize].as_ref()
+    }
+
+    /// A sentence for errors: where the libraries were looked for.
+    pub fn searched_text(&self) -> String {
+        let folders: Vec<String> = self.searched.iter().map(|path| path.display().to_string()).collect();
+        match folders.is_empty() {
+            true => {
+                "looked in the loader's path only; set CUDA_HOME, or install the nvidia-* Python packages"
+                    .into()
+            }
+            false => format!("looked in the loader's path and in {}", folders.join(", ")),
+        }
+    }
+}
+
+#[cfg(unix)]
+fn open(library: Library, folders: &[PathBuf]) -> Option<Found> {
+    use std::ffi::CString;
+    let open = |path: &Path| {
+        let name = CString::new(path.as_os_str().as_encoded_bytes()).ok()?;
+        // SAFETY: NVIDIA's libraries may be opened at any time; the handle is kept for ever.
+        let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+        (!handle.is_null()).then(|| Found { path: path.to_path_buf() })
+    };
+    let names = library.file_names();
+    let by_loader = || names.iter().find_map(|name| open(Path::new(name)));
+    let in_folders = || {
+        let candidates = folders.iter().flat_map(|folder| names.iter().map(move |name| folder.join(name)));
+        candidates.filter(|path| path.exists()).find_map(|path| open(&path))
+    };
+    by_loader().or_else(in_folders)
+}
+
+#[cfg(not(unix))]
+fn open(_library: Library, _folders: &[PathBuf]) -> Option<Found> {
+    None
+}
+
+/// The folders that exist, in order of preference.
+fn folders() -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    for variable in ["CUDA_HOME", "CUDA_PATH"] {
+        if let Some(home) = std::env::var_os(variable) {
+            let home = PathBuf::from(home);
+            all.extend([home.join("lib64"), home.join("lib"), home.join("targets/x86_64-linux/lib")]);
+        }
+    }
+    for site in site_packages() {
+        all.extend(python_folders(&site));
+    }
+    all.push("/usr/local/cuda/lib64".into());
+    let mut seen = BTreeSet::new();
+    all.retain(|folder| folder.is_dir() && seen.insert(folder.clone()));
+    all
+}
+
+/// `nvidia/*/lib` of a Python environment's packages.
+fn python_folders(site: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(site.join("nvidia")) else { return Vec::new() };
+    let mut folders: Vec<PathBuf> =
+        entries.flatten().map(|entry| entry.path().join("lib")).filter(|path| path.is_dir()).collect();
+    folders.sort();
+    folders
+}
+
+/// The `site-packages` folders of the environments in reach, without starting Python.
+fn site_packages() -> Vec<PathBuf> {
+    let mut prefixes = Vec::new();
+    for variable in ["VIRTUAL_ENV", "CONDA_PREFIX"] {
+        prefixes.extend(std::env::var_os(variable).map(PathBuf::from));
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    for folder in std::env::split_paths(&path) {
+        // A virtual environment's python is a link out of it, so the folder itself comes first.
+        if let Ok(target) = folder.join("python3").canonicalize() {
+            prefixes.extend(folder.parent().map(Path::to_path_buf));
+            prefixes.extend(target.ancestors().nth(2).map(Path::to_path_buf));
+        }
+    }
+    prefixes.extend(std::env::var_os("HOME").map(|home| Path::new(&home).join(".local")));
+    let mut sites = Vec::new();
+    for prefix in prefixes {
+        for lib in ["lib", "lib64"] {
+            let Ok(entries) = std::fs::read_dir(prefix.join(lib)) else { continue };
+            let pythons = entries.flatten().map(|entry| entry.path()).filter(|path| {
+                path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"python3"))
+            });
+            for python in pythons {
+                sites.extend([python.join("site-packages"), python.join("dist-packages")]);
+            }
+        }
+    }
+    sites
+}

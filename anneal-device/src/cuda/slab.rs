@@ -1,0 +1,378 @@
+//! Device memory: one growing slab of addresses, cut best fit, with neighbours joined again.
+//!
+//! Contract: blocks are aligned to 512 bytes. All work of a device is ordered on one stream, so a
+//! block that is given back may be handed out at once. The same requests from the same state get
+//! the same addresses. The slab is a range of virtual addresses as large as the device; memory is
+//! put behind it piece by piece, so that nothing ever moves and no gap is lost between segments.
+//! While a step is captured, every block is noted; afterwards that memory is kept from
+//! others for as long as the captured step lives ([`Slab::end_capture`]).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use cudarc::driver::sys;
+
+use super::driver::check;
+use crate::DeviceError;
+use crate::memory::{Buffer, MemoryStatistics, Owner, Purpose};
+
+const ALIGNMENT: usize = 512;
+/// The slab grows by at least this much.
+const GROWTH: usize = 64 << 20;
+
+/// A block as it was handed out: offset and size.
+pub(crate) type Block = (usize, usize);
+
+#[derive(Default)]
+struct State {
+    /// Bytes from the start of the slab that have memory behind them.
+    mapped: usize,
+    pieces: Vec<(sys::CUmemGenericAllocationHandle, usize)>,
+    /// Free ranges by offset; no two touch.
+    free: BTreeMap<usize, usize>,
+    statistics: MemoryStatistics,
+    /// Every block handed out since the capture began.
+    noted: Option<Vec<Block>>,
+    reservations: BTreeMap<u64, Reservation>,
+    next_reservation: u64,
+}
+
+/// What a captured step keeps from others.
+#[derive(Default)]
+struct Reservation {
+    ranges: BTreeMap<usize, usize>,
+    /// Blocks that were in use when the capture ended; they join the ranges when given back.
+    live: BTreeSet<usize>,
+}
+
+/// The memory of one device.
+pub(crate) struct Slab {
+    ordinal: usize,
+    context: sys::CUcontext,
+    base: u64,
+    /// Size of the range of addresses, and the limit on the memory in use.
+    capacity: usize,
+    granularity: usize,
+    limit: Option<usize>,
+    state: Mutex<State>,
+}
+// SAFETY: handles and addresses are plain numbers to the driver, and the state is behind a lock.
+unsafe impl Send for Slab {}
+unsafe impl Sync for Slab {}
+
+fn allocation_properties(ordinal: usize) -> sys::CUmemAllocationProp {
+    // SAFETY: all zeros is the documented default of this plain structure.
+    let mut properties: sys::CUmemAllocationProp = unsafe { std::mem::zeroed() };
+    properties.type_ = sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
+    properties.location.type_ = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
+    properties.location.id = ordinal as i32;
+    properties
+}
+
+impl Slab {
+    pub(crate) fn new(
+        ordinal: usize,
+        context: sys::CUcontext,
+        total: usize,
+        limit: Option<usize>,
+    ) -> Result<Self, DeviceError> {
+        let properties = allocation_properties(ordinal);
+        let (mut granularity, mut base) = (0, 0);
+        // SAFETY: the context is current.
+        unsafe {
+            let option = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_RECOMMENDED;
+            let result = sys::cuMemGetAllocationGranularity(&mut granularity, &properties, option);
+            check("cuMemGetAllocationGranularity", ordinal, result)?;
+        }
+        let capacity = total.next_multiple_of(granularity);
+        // SAFETY: as above.
+        unsafe {
+            check(
+                "cuMemAddressReserve",
+                ordinal,
+                sys::cuMemAddressReserve(&mut base, capacity, granularity, 0, 0),
+            )?;
+        }
+        Ok(Self { ordinal, context, base, capacity, granularity, limit, state: Mutex::default() })
+    }
+
+    pub(crate) fn statistics(&self) -> MemoryStatistics {
+        self.lock().statistics.clone()
+    }
+
+    pub(crate) fn reset_peak(&self) {
+        self.lock().statistics.reset_peak();
+    }
+
+    pub(crate) fn allocate(self: &Arc<Self>, bytes: usize, purpose: Purpose) -> Result<Buffer, DeviceError> {
+        let size = bytes.max(1).next_multiple_of(ALIGNMENT);
+        let mut state = self.lock();
+        let offset = self.find(&mut state, size, purpose)?;
+        state.statistics.take(purpose, size);
+        if let Some(noted) = &mut state.noted {
+            noted.push((offset, size));
+        }
+        drop(state);
+        Ok(Buffer { pointer: self.pointer(offset), size, bytes, purpose, owner: self.clone() })
+    }
+
+    /// The address of an offset, as the pointer that buffers carry.
+    pub(crate) fn pointer(&self, offset: usize) -> NonNull<u8> {
+        NonNull::new((self.base as usize + offset) as *mut u8).expect("device addresses are not zero")
+    }
+
+    fn find(&self, state: &mut State, size: usize, purpose: Purpose) -> Result<usize, DeviceError> {
+        if self.limit.is_some_and(|limit| state.statistics.total() + size > limit) {
+            return Err(self.out_of_memory(
+                state,
+                size,
+                purpose,
+                "the memory limit is reached: raise --memory-limit",
+            ));
+        }
+        let fits = |state: &State| {
+            let best = state
+                .free
+                .iter()
+                .filter(|(_, len)| **len >= size)
+                .min_by_key(|(offset, len)| (**len, **offset));
+            best.map(|(offset, len)| (*offset, *len))
+        };
+        let (offset, len) = match fits(state) {
+            Some(found) => found,
+            None => {
+                self.grow(state, size, purpose)?;
+                fits(state).expect("the slab grew by what was missing")
+            }
+        };
+        state.free.remove(&offset);
+        if len > size {
+            state.free.insert(offset + size, len - size);
+        }
+        Ok(offset)
+    }
+
+    /// Puts memory behind the end of the slab, so that a block of `size` fits there.
+    fn grow(&self, state: &mut State, size: usize, purpose: Purpose) -> Result<(), DeviceError> {
+        let tail = state.free.last_key_value().filter(|(offset, len)| *offset + *len == state.mapped);
+        let missing = size - tail.map_or(0, |(_, len)| *len);
+        let exact = missing.next_multiple_of(self.granularity);
+        let room = self.capacity - state.mapped;
+        let wanted = missing.max(GROWTH).next_multiple_of(self.granularity).min(room.max(exact));
+        if exact > room || !(self.map(state, wanted) || self.map(state, exact)) {
+            state.statistics.cache_misses += 1;
+            return Err(self.out_of_memory(state, size, purpose, "the device has no more"));
+        }
+        state.statistics.cache_misses += 1;
+        Ok(())
+    }
+
+    fn map(&self, state: &mut State, bytes: usize) -> bool {
+        if state.mapped + bytes > self.capacity {
+            return false;
+        }
+        let properties = allocation_properties(self.ordinal);
+        let mut handle = 0;
+        // SAFETY: the range lies within the reserved addresses and has no memory yet.
+        unsafe {
+            sys::cuCtxSetCurrent(self.context);
+            if sys::cuMemCreate(&mut handle, bytes, &properties, 0) != sys::CUresult::CUDA_SUCCESS {
+                return false;
+            }
+            let address = self.base + state.mapped as u64;
+            let mut access: sys::CUmemAccessDesc = std::mem::zeroed();
+            access.location = properties.location;
+            access.flags = sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+            let mapped = sys::cuMemMap(address, bytes, 0, handle, 0) == sys::CUresult::CUDA_SUCCESS;
+            if !mapped || sys::cuMemSetAccess(address, bytes, &access, 1) != sys::CUresult::CUDA_SUCCESS {
+                sys::cuMemRelease(handle);
+                return false;
+            }
+        }
+        state.pieces.push((handle, bytes));
+        insert_joined(&mut state.free, state.mapped, bytes);
+        state.mapped += bytes;
+        state.statistics.reserved = state.mapped;
+        true
+    }
+
+    fn out_of_memory(&self, state: &State, bytes: usize, purpose: Purpose, why: &str) -> DeviceError {
+        let help = "use a smaller batch, train.accumulate, or model.checkpoint_activations=true";
+        DeviceError::OutOfMemory {
+            device: format!("cuda:{}", self.ordinal),
+            bytes,
+            purpose: purpose.name(),
+            in_use: state.statistics.total(),
+            hint: format!("; {why}; {help}\n{}", state.statistics),
+        }
+    }
+
+    /// From here on every block is noted.
+    pub(crate) fn begin_capture(&self) {
+        self.lock().noted = Some(Vec::new());
+    }
+
+    /// The blocks handed out since the beginning, in order; their memory is nobody else's until the
+    /// reservation is dropped.
+    pub(crate) fn end_capture(self: &Arc<Self>) -> (Vec<Block>, SlabReservation) {
+        let mut state = self.lock();
+        let blocks = state.noted.take().unwrap_or_default();
+        let mut touched = BTreeMap::new();
+        for &(offset, size) in &blocks {
+            insert_union(&mut touched, offset, size);
+        }
+        let mut reservation = Reservation::default();
+        let mut free = BTreeMap::new();
+        for (&offset, &len) in &state.free {
+            split_by(&touched, offset, len, &mut reservation.ranges, &mut free);
+        }
+        for &(offset, size) in &blocks {
+            let is_free =
+                reservation.ranges.range(..=offset).next_back().is_some_and(|(o, l)| o + l >= offset + size);
+            if !is_free {
+                reservation.live.insert(offset);
+            }
+        }
+        state.free = free;
+        let id = state.next_reservation;
+        state.next_reservation += 1;
+        state.reservations.insert(id, reservation);
+        drop(state);
+        (blocks, SlabReservation { slab: self.clone(), id })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Owner for Slab {
+    fn release(&self, pointer: NonNull<u8>, size: usize, purpose: Purpose) {
+        let offset = pointer.as_ptr() as usize - self.base as usize;
+        let mut state = self.lock();
+        state.statistics.give(purpose, size);
+        let reserved = state.reservations.values_mut().find(|reservation| reservation.live.contains(&offset));
+        match reserved {
+            Some(reservation) => {
+                reservation.live.remove(&offset);
+                insert_joined(&mut reservation.ranges, offset, size);
+            }
+            None => insert_joined(&mut state.free, offset, size),
+        }
+    }
+}
+
+impl Drop for Slab {
+    fn drop(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
+        // SAFETY: no buffer is left, and the device waits for its work before memory goes.
+        unsafe {
+            sys::cuCtxSetCurrent(self.context);
+            sys::cuCtxSynchronize();
+            if state.mapped > 0 {
+                sys::cuMemUnmap(self.base, state.mapped);
+            }
+            for (handle, _) in &state.pieces {
+                sys::cuMemRelease(*handle);
+            }
+            sys::cuMemAddressFree(self.base, self.capacity);
+        }
+    }
+}
+
+/// Keeps the memory of a captured step from others.
+pub(crate) struct SlabReservation {
+    slab: Arc<Slab>,
+    id: u64,
+}
+
+impl Drop for SlabReservation {
+    fn drop(&mut self) {
+        let mut state = self.slab.lock();
+        if let Some(reservation) = state.reservations.remove(&self.id) {
+            for (offset, len) in reservation.ranges {
+                insert_joined(&mut state.free, offset, len);
+            }
+        }
+    }
+}
+
+/// Adds a range that touches no other's inside, joined with its neighbours.
+fn insert_joined(ranges: &mut BTreeMap<usize, usize>, offset: usize, len: usize) {
+    let (mut start, mut end) = (offset, offset + len);
+    if let Some((&before, &size)) =
+        ranges.range(..start).next_back().filter(|(before, size)| *before + *size == start)
+    {
+        debug_assert!(before + size == start);
+        ranges.remove(&before);
+        start = before;
+    }
+    if let Some(size) = ranges.remove(&end) {
+        end += size;
+    }
+    ranges.insert(start, end - start);
+}
+
+/// Adds a range that may overlap others.
+fn insert_union(ranges: &mut BTreeMap<usize, usize>, offset: usize, len: usize) {
+    let (mut start, mut end) = (offset, offset + len);
+    let overlapping: Vec<usize> = ranges
+        .range(..=end)
+        .filter(|(other, size)| **other + **size >= start)
+        .map(|(other, _)| *other)
+        .collect();
+    for other in overlapping {
+        let size = ranges.remove(&other).expect("just seen");
+        start = start.min(other);
+        end = end.max(other + size);
+    }
+    ranges.insert(start, end - start);
+}
+
+/// Cuts a range into the parts inside `ranges` and those outside.
+fn split_by(
+    ranges: &BTreeMap<usize, usize>,
+    offset: usize,
+    len: usize,
+    inside: &mut BTreeMap<usize, usize>,
+    outside: &mut BTreeMap<usize, usize>,
+) {
+    let end = offset + len;
+    let mut position = offset;
+    for (&other, &size) in ranges {
+        let (from, to) = (other.max(offset), (other + size).min(end));
+        if from >= to {
+            continue;
+        }
+        if from > position {
+            insert_joined(outside, position, from - position);
+        }
+        insert_joined(inside, from, to - from);
+        position = to;
+    }
+    if position < end {
+        insert_joined(outside, position, end - position);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_join_and_split() {
+        let mut ranges = BTreeMap::new();
+        insert_joined(&mut ranges, 0, 10);
+        insert_joined(&mut ranges, 20, 10);
+        insert_joined(&mut ranges, 10, 10);
+        assert_eq!(ranges, BTreeMap::from([(0, 30)]));
+        insert_union(&mut ranges, 25, 20);
+        insert_union(&mut ranges, 100, 5);
+        assert_eq!(ranges, BTreeMap::from([(0, 45), (100, 5)]));
+        let (mut inside, mut outside) = (BTreeMap::new(), BTreeMap::new());
+        split_by(&ranges, 40, 70, &mut inside, &mut outside);
+        assert_eq!(inside, BTreeMap::from([(40, 5), (100, 5)]));
+        assert_eq!(outside, BTreeMap::from([(45, 55), (105, 5)]));
+    }
+}
