@@ -9,6 +9,7 @@
 //! Not done: dropout, causal masks (a bias of minus infinity serves).
 
 mod cpu;
+pub(super) mod cuda;
 
 use anneal_device::Device;
 
@@ -227,7 +228,7 @@ impl Op for Attention {
             Device::Cpu(cpu) => {
                 cpu::forward(&cpu.pool, &self.sizes, self.scale, &operands, &output, log_sums.as_ref());
             }
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("attention")),
+            Device::Cuda(cuda) => cuda::forward(cuda, self, &operands, &output, log_sums.as_ref())?,
         }
         if let Some(log_sums) = &log_sums {
             for (index, input) in prepared.iter().enumerate() {
@@ -268,7 +269,7 @@ impl Op for Attention {
             Device::Cpu(cpu) => {
                 cpu::backward(&cpu.pool, &self.sizes, self.scale, &operands, &saved, &gradients)?;
             }
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("attention")),
+            Device::Cuda(cuda) => cuda::backward(cuda, self, &operands, &saved, &gradients)?,
         }
         drop(gradients);
         for (index, gradient) in given.into_iter().chain(self.has_bias.then_some(bias)).enumerate() {

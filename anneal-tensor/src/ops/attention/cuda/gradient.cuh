@@ -1,7 +1,7 @@
 // Attention on CUDA, the backward pass around its products: statistics, `p` and `ds`, results.
 //
-// Text before kernel_backward and kernel_backward_hopper and after a few lines of theirs
-// (kernel_tiles, kernel_tiles_hopper) that fix the shapes: THREADS, KEY_ROWS and QUERY_BLOCK of a block of
+// Text before backward_mma.cu and backward_wgmma.cu and after a few lines of theirs
+// (tiles_mma.cuh, tiles_wgmma.cuh) that fix the shapes: THREADS, KEY_ROWS and QUERY_BLOCK of a block of
 // threads, M_TILES of 16 keys a warp, SUB_QUERIES walked at a time, KeyLayout, QueryLayout,
 // DS_BYTES, and own_row(warp, m), the first row of a warp's tile `m` among the block's keys.
 //
@@ -75,8 +75,8 @@ __device__ __forceinline__ float dot_of_chunk(u32 left, u32 right) {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        sum += to_f32<ELEMENT>(u16(x[i])) * to_f32<ELEMENT>(u16(y[i]));
-        sum += to_f32<ELEMENT>(u16(x[i] >> 16)) * to_f32<ELEMENT>(u16(y[i] >> 16));
+        sum += half_of_word<element>(x[i], 0) * half_of_word<element>(y[i], 0);
+        sum += half_of_word<element>(x[i], 1) * half_of_word<element>(y[i], 1);
     }
     return sum;
 }
@@ -171,8 +171,8 @@ struct Columns {
 template <int M>
 __device__ __forceinline__ void make_probabilities(
     Scores<M>& s, const Columns& columns, const Arguments& a, const Place& at, int tile, int first_query, float log2_scale) {
-    if constexpr (BIAS != 0) add_bias<M>(s, a, at, tile, first_query, log2_scale);
-    const float factor = BIAS == 0 ? log2_scale : 1.0f;
+    if constexpr (HAS_BIAS) add_bias<M>(s, a, at, tile, first_query, log2_scale);
+    const float factor = HAS_BIAS ? 1.0f : log2_scale;
 #pragma unroll
     for (int n = 0; n < SUB_TILES; n++)
 #pragma unroll
@@ -192,7 +192,7 @@ __device__ __forceinline__ void make_gradients(
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int i = 0; i < 4; i++) dp[m][n][i] = p[m][n][i] * (dp[m][n][i] - columns.delta[n][i % 2]);
-    if constexpr (BIAS != 0)
+    if constexpr (HAS_BIAS)
         if (a.bias_partial != nullptr) store_bias_gradient<M>(dp, a, at, tile, first_query);
 }
 
@@ -226,7 +226,7 @@ __device__ __forceinline__ void finish_queries(
             float2* sum = reinterpret_cast<float2*>(sums + n * 8);
             if (final) {
                 const float2 before = at.first_visit ? make_float2(0.0f, 0.0f) : __ldcg(sum);
-                *reinterpret_cast<u32*>(to + n * 8) = pack<ELEMENT>((before.x + x) * a.scale, (before.y + y) * a.scale);
+                *reinterpret_cast<u32*>(to + n * 8) = word_of_pair<element>((before.x + x) * a.scale, (before.y + y) * a.scale);
             } else if (at.first_visit) {
                 *sum = make_float2(x, y);
             } else {

@@ -1,4 +1,4 @@
-// Attention backward by warpgroups of sm_90a, deterministic: kernel_backward's walk with wgmma.
+// Attention backward by warpgroups of sm_90a, deterministic: backward_mma.cu's walk with wgmma.
 //
 // FlashAttention-2 (arXiv 2307.08691), algorithm 2, with scores transposed. A warpgroup owns
 // 64 M_TILES keys and their gradients, which stay in registers; `p^T` and `ds^T` are left factors of
@@ -6,11 +6,11 @@
 // left factor of `dq = ds k`, its columns leading. That product runs one block of queries late, under
 // the next block's scores; warpgroups share its columns.
 //
-// attention_backward_hopper(Arguments): as attention_backward.
+// attention_backward_wgmma(Arguments): as attention_backward_mma.
 //   grid   (parts, heads, batch); parts at most ceil(keys / (64 M_TILES GROUPS))
 //   block  128 GROUPS threads
 //   shared 2 HEAD_DIM (2 K + 320) + 256 K + 2048, K = 64 M_TILES GROUPS, bytes
-// Macros beside those of kernel_common: GROUPS (warpgroups), M_TILES (of 64 keys a warpgroup),
+// Macros beside those of common.cuh: GROUPS (warpgroups), M_TILES (of 64 keys a warpgroup),
 // SUB_QUERIES (32 or 64, walked at a time), MIN_BLOCKS.
 
 constexpr int ZEROS_OFFSET = END_OFFSET;
@@ -140,7 +140,9 @@ __device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
     store_key_gradients(sums, a, at);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward_hopper(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward_wgmma(const __grid_constant__ Arguments a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere an empty kernel that nobody starts
     extern __shared__ __align__(1024) unsigned char shared[];
     visit_share(a, shared_address(shared));
+#endif
 }

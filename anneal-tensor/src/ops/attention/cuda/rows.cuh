@@ -1,6 +1,6 @@
 // Attention on CUDA, rows of a head in shared memory: asynchronous copies in, whole chunks out.
 //
-// Text between kernel_common and the kernels of tensor cores. A row is HEAD_DIM / 8 chunks of 16
+// Text between common.cuh and the kernels of tensor cores. A row is HEAD_DIM / 8 chunks of 16
 // bytes; offsets within a head fit 32 bits (rows times their stride, in elements); where a chunk of a row lies in a tile is the layout's choice, LAYOUT::at(row, chunk).
 
 constexpr int CHUNKS = HEAD_DIM / 8;
@@ -8,7 +8,7 @@ constexpr int WHOLE = CHUNKS / 8 * 8, REMAINDER = CHUNKS % 8;  // eight lanes ta
 constexpr int REMAINDER_LANES = REMAINDER > 4 ? 8 : REMAINDER > 2 ? 4 : REMAINDER > 1 ? 2 : 1;
 constexpr int LANES_PER_ROW = 4;  // threads that share a row's results, or the copy of a row that they read themselves
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM <= 128, "head dim");
-static_assert(ELEMENT == 2 || ELEMENT == 3, "tensor cores take bf16 or f16");
+static_assert(sizeof(element) == 2, "tensor cores take bf16 or f16");
 
 /// This thread's warp, in a form that the compiler knows to be the same for all of it.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
@@ -91,7 +91,7 @@ __device__ __forceinline__ void pack_left(u32 (&a)[M][4], const float (&c)[M][N]
     for (int m = 0; m < M; m++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            a[m][i] = pack<ELEMENT>(c[m][2 * k + i / 2][i % 2 * 2], c[m][2 * k + i / 2][i % 2 * 2 + 1]);
+            a[m][i] = word_of_pair<element>(c[m][2 * k + i / 2][i % 2 * 2], c[m][2 * k + i / 2][i % 2 * 2 + 1]);
 }
 
 /// Puts a warp's 16 rows of results, times `factor`, into rows `tile_row..+16` of a tile.
@@ -100,8 +100,8 @@ __device__ __forceinline__ void stage_rows(const float (&c)[CHUNKS][4], const fl
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < CHUNKS; n++) {
-        const u32 upper = pack<ELEMENT>(c[n][0] * factor[0], c[n][1] * factor[0]);
-        const u32 lower = pack<ELEMENT>(c[n][2] * factor[1], c[n][3] * factor[1]);
+        const u32 upper = word_of_pair<element>(c[n][0] * factor[0], c[n][1] * factor[0]);
+        const u32 lower = word_of_pair<element>(c[n][2] * factor[1], c[n][3] * factor[1]);
 #if __CUDA_ARCH__ >= 900
         const u32 address = tile + LAYOUT::at(tile_row + lane % 16, n);
         asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(address), "r"(upper), "r"(lower) : "memory");

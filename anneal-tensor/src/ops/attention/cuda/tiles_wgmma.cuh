@@ -1,4 +1,4 @@
-// Attention backward on CUDA, shapes of kernel_backward_hopper. Text before kernel_gradient.
+// Attention backward on CUDA, shapes of backward_wgmma.cu. Text before gradient.cuh.
 
 #define QUERY_BLOCK 64
 #define DS_BUFFERS 2

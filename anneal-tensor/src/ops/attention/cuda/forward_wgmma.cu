@@ -1,15 +1,15 @@
-// Attention forward by warpgroups of sm_90a: kernel_forward's walk with wgmma.
+// Attention forward by warpgroups of sm_90a: forward_mma.cu's walk with wgmma.
 //
 // FlashAttention-2 (arXiv 2307.08691), algorithm 1. A warpgroup owns 64 queries; queries and keys are
 // read from shared memory, probabilities are left factors in registers. Several warpgroups on a
 // multiprocessor fill the matrix unit while others are at their softmax (2407.08608, section 3.1,
 // without its explicit order): they wait for copies and for free stages, never for each other's step.
 //
-// attention_forward_hopper(Arguments): as attention_forward.
+// attention_forward_wgmma(Arguments): as attention_forward_mma.
 //   grid   (ceil(queries / (64 GROUPS)), heads, batch)
 //   block  128 GROUPS threads
 //   shared 2 HEAD_DIM (64 GROUPS + 2 STAGES KEY_BLOCK) + 16 max(64, KEY_BLOCK) + 16 STAGES bytes
-// Macros beside those of kernel_common: GROUPS (warpgroups), KEY_BLOCK (64 or 128), STAGES (blocks of keys in flight, at least 3), MIN_BLOCKS (resident on a multiprocessor).
+// Macros beside those of common.cuh: GROUPS (warpgroups), KEY_BLOCK (64 or 128), STAGES (blocks of keys in flight, at least 3), MIN_BLOCKS (resident on a multiprocessor).
 
 constexpr int THREADS = 128 * GROUPS;
 constexpr int QUERY_ROWS = 64 * GROUPS;
@@ -37,14 +37,15 @@ __device__ __forceinline__ void negate(float (&s)[1][KEY_TILES][4]) {
         for (int i = 0; i < 4; i++) s[0][n][i] = -s[0][n][i];
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forward_hopper(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forward_wgmma(const __grid_constant__ Arguments a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere an empty kernel that nobody starts
     extern __shared__ __align__(1024) unsigned char shared[];
     const Position at = {int(blockIdx.z), int(blockIdx.y), int(blockIdx.x) * QUERY_ROWS, warp_index(), int(threadIdx.x % 32)};
     const u32 query_tile = shared_address(shared), stages = query_tile + STAGES_OFFSET;
     const u32 zeros = query_tile + ZEROS_OFFSET, full = zeros + ZERO_ROWS * 16, empty = full + STAGES * 8;
     const int blocks = (a.keys + KEY_BLOCK - 1) / KEY_BLOCK;
     const float log2_scale = fmaxf(fabsf(a.scale) * LOG2_E, 1e-30f);  // never infinity times zero
-    const float factor = BIAS == 0 ? log2_scale : 1.0f;
+    const float factor = HAS_BIAS ? 1.0f : log2_scale;
 
     if (threadIdx.x < STAGES) {
         make_barrier(full + threadIdx.x * 8, THREADS);
@@ -79,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
         wait_products<0>();
         hold(s);
         if (a.scale < 0.0f) negate(s);
-        if constexpr (BIAS != 0) add_bias(s, a, at, first_key, log2_scale);
+        if constexpr (HAS_BIAS) add_bias(s, a, at, first_key, log2_scale);
         if (a.mask != nullptr || first_key + KEY_BLOCK > a.keys) hide_keys(s, a, at, first_key);
         softmax_block(state, s, factor);
 
@@ -96,4 +97,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
     }
     meet_group(at.warp / 4);  // its queries become room for outputs
     finish<QueryLayout>(state, a, at, query_tile, factor);
+#endif
 }

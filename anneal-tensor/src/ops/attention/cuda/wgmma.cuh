@@ -1,14 +1,12 @@
 // Attention on CUDA, tensor cores of sm_90a: products by warpgroups of four warps (wgmma).
 //
-// Text after kernel_rows, before the Hopper kernels. 64 rows by 8 TILES columns of results; a thread
+// Text after rows.cuh, before the Hopper kernels. 64 rows by 8 TILES columns of results; a thread
 // of warp `w % 4` holds what it would hold of mma.sync's 16 x 8 results for rows `16 (w % 4)..`.
 // A tile in shared memory is a panel of 128 bytes a row for every 64 columns, its chunks exchanged by the
 // row as the swizzle of 128 bytes wants it, then single chunks for what is left of the head dim (one
 // for 72), each a column of 16 bytes a row without swizzle. Nothing is padded, copies write whole
 // rows of banks, and both parts can lead by rows or by columns. Tiles start at multiples of 1024 bytes.
 // The descriptor's fields are those of the PTX manual ("matrix descriptor", wgmma).
-
-typedef unsigned long long u64;
 
 constexpr int PANELS = HEAD_DIM / 64;
 constexpr int REST = HEAD_DIM % 64 / 8;  // chunks beyond the panels
@@ -61,7 +59,7 @@ template <int M, int N> __device__ __forceinline__ void hold(float (&c)[M][N][4]
 /// TA, TB: 1 where the columns of `a`, the rows of `b^T` lead (their chunks run along the results).
 template <int TILES> struct Product;
 
-#if ELEMENT == 2
+#if ELEMENT_IS_BF16
 #define WGMMA_TYPE "bf16.bf16"
 #else
 #define WGMMA_TYPE "f16.f16"

@@ -1,6 +1,6 @@
 // Attention on CUDA, the forward pass between the products: online softmax of a warp's rows.
 //
-// Text before kernel_forward and kernel_forward_hopper, after the constants M_TILES (of 16 queries a
+// Text before forward_mma.cu and forward_wgmma.cu, after the constants M_TILES (of 16 queries a
 // warp), KEY_TILES (of 8 keys a block) and CHUNKS. FlashAttention-2 (arXiv 2307.08691), algorithm 1.
 // Scores are kept to the base 2: `exp(x) = 2^(x log2 e)`, the factor folded into the scale.
 
