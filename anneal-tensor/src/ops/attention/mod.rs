@@ -230,9 +230,7 @@ impl Op for Attention {
             Device::Cpu(cpu) => {
                 cpu::forward(&cpu.pool, &self.sizes, self.scale, &operands, &output, log_sums.as_ref());
             }
-            Device::Cuda(cuda) => {
-                choice::forward(cuda, self, &operands, &output, log_sums.as_ref())?;
-            }
+            Device::Cuda(cuda) => choice::forward(cuda, self, &operands, &output, log_sums.as_ref())?,
         }
         if let Some(log_sums) = &log_sums {
             for (index, input) in prepared.iter().enumerate() {
@@ -273,9 +271,7 @@ impl Op for Attention {
             Device::Cpu(cpu) => {
                 cpu::backward(&cpu.pool, &self.sizes, self.scale, &operands, &saved, &gradients)?;
             }
-            Device::Cuda(cuda) => {
-                choice::backward(cuda, self, &operands, &saved, &gradients)?;
-            }
+            Device::Cuda(cuda) => choice::backward(cuda, self, &operands, &saved, &gradients)?,
         }
         drop(gradients);
         for (index, gradient) in given.into_iter().chain(self.has_bias.then_some(bias)).enumerate() {
@@ -291,6 +287,6 @@ impl Op for Attention {
 struct Saved {
     upstream: Tensor,
     output: Tensor,
-    /// `[B, H, N]`: the logarithm of each softmax's denominator, to the base that the kernel uses.
+    /// `[B, H, N]`: the logarithm of each softmax's denominator, to the base that the device's kernels use.
     log_sums: Tensor,
 }

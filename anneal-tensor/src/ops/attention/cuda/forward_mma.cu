@@ -5,11 +5,11 @@
 // sums and outputs stay in its registers and warps meet only where copied blocks arrive.
 // Scores are kept to the base 2: `exp(x) = 2^(x log2 e)`, the factor folded into the scale.
 //
-// attention_forward(Arguments): reads query, key, value, bias, mask; writes output and log_sums.
+// attention_forward_mma(Arguments): reads query, key, value, bias, mask; writes output and log_sums.
 //   grid   (ceil(queries / (16 M_TILES WARPS)), heads, batch)
 //   block  32 WARPS threads
 //   shared (16 M_TILES WARPS + 2 STAGES KEY_BLOCK) * ROW_BYTES bytes
-// Macros beside those of kernel_common: WARPS, M_TILES (of 16 queries a warp), KEY_BLOCK (a multiple
+// Macros beside those of common.cuh: WARPS, M_TILES (of 16 queries a warp), KEY_BLOCK (a multiple
 // of 16), STAGES (blocks of keys in flight, at least 2), MIN_BLOCKS (resident on a multiprocessor).
 // Rows of queries, keys, values and outputs must be 16-byte aligned.
 // Not done: dropout, causal masks, splitting the keys of few queries over several blocks.
@@ -59,15 +59,15 @@ __device__ __forceinline__ void add_values(RowState& state, const float (&p)[M_T
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forward(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forward_mma(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) unsigned char shared[];
-    const Position at = {int(blockIdx.z), int(blockIdx.y), int(blockIdx.x) * QUERY_ROWS, int(threadIdx.x / 32), int(threadIdx.x % 32)};
+    const Position at = {int(blockIdx.z), int(blockIdx.y), int(blockIdx.x) * QUERY_ROWS, warp_index(), int(threadIdx.x % 32)};
     const u32 query_tile = shared_address(shared);
     const u32 warp_queries = query_tile + at.warp * WARP_ROWS * ROW_BYTES;
     const u32 stages = query_tile + QUERY_ROWS * ROW_BYTES;
     const int blocks = (a.keys + KEY_BLOCK - 1) / KEY_BLOCK;
     const float log2_scale = fmaxf(fabsf(a.scale) * LOG2_E, 1e-30f);  // never infinity times zero
-    const float factor = BIAS == 0 ? log2_scale : 1.0f;
+    const float factor = HAS_BIAS ? 1.0f : log2_scale;
 
     copy_rows<TileLayout, QUERY_ROWS, THREADS>(query_tile, head_of(a.query, at.b, at.h), a.query.token, at.first_query, a.queries);
     for (int block = 0; block < STAGES - 1; block++) {
@@ -89,10 +89,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
         const int first_key = block * KEY_BLOCK;
         float s[M_TILES][KEY_TILES][4];
         compute_scores(s, q, key_tile);
-        if constexpr (BIAS != 0) add_bias(s, a, at, first_key, log2_scale);
+        if constexpr (HAS_BIAS) add_bias(s, a, at, first_key, log2_scale);
         if (a.mask != nullptr || first_key + KEY_BLOCK > a.keys) hide_keys(s, a, at, first_key);
         softmax_block(state, s, factor);
         add_values(state, s, key_tile + KEY_BLOCK * ROW_BYTES);
     }
-    finish<TileLayout>(state, a, at, warp_queries, factor);
+    finish<TileLayout>(state, a, at, query_tile, factor);
 }

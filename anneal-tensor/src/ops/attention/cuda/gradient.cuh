@@ -1,7 +1,7 @@
 // Attention on CUDA, the backward pass around its products: statistics, `p` and `ds`, results.
 //
-// Text before kernel_backward and kernel_backward_hopper and after a few lines of theirs
-// (kernel_tiles, kernel_tiles_hopper) that fix the shapes: THREADS, KEY_ROWS and QUERY_BLOCK of a block of
+// Text before backward_mma.cu and backward_wgmma.cu and after a few lines of theirs
+// (tiles_mma.cuh, tiles_wgmma.cuh) that fix the shapes: THREADS, KEY_ROWS and QUERY_BLOCK of a block of
 // threads, M_TILES of 16 keys a warp, SUB_QUERIES walked at a time, KeyLayout, QueryLayout,
 // DS_BYTES, and own_row(warp, m), the first row of a warp's tile `m` among the block's keys.
 //
@@ -68,20 +68,6 @@ __device__ __forceinline__ void start_queries(const Arguments& a, const Place& a
     }
 }
 
-/// What the block of threads that follows here will read first: with one block a multiprocessor,
-/// nothing else would hide the memory's latency at its start.
-__device__ __forceinline__ void prefetch_next(const Arguments& a) {
-    dim3 next;
-    if (!next_block(next)) return;
-    const int first_key = next.x * ((a.keys + gridDim.x - 1) / gridDim.x);
-    prefetch_rows(head_of(a.key, next.z, next.y), a.key.token, first_key, KEY_ROWS, a.keys);
-    prefetch_rows(head_of(a.value, next.z, next.y), a.value.token, first_key, KEY_ROWS, a.keys);
-    if (next.x != 0) return;
-    prefetch_rows(head_of(a.query, next.z, next.y), a.query.token, 0, KEY_ROWS, a.queries);
-    prefetch_rows(head_of(a.output_gradient, next.z, next.y), a.output_gradient.token, 0, KEY_ROWS, a.queries);
-    prefetch_rows(head_of(a.output, next.z, next.y), a.output.token, 0, KEY_ROWS, a.queries);
-}
-
 __device__ __forceinline__ float dot_of_chunk(u32 left, u32 right) {
     u32 x[4], y[4];
     load_chunk(x, left);
@@ -89,8 +75,8 @@ __device__ __forceinline__ float dot_of_chunk(u32 left, u32 right) {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        sum += to_f32<ELEMENT>(u16(x[i])) * to_f32<ELEMENT>(u16(y[i]));
-        sum += to_f32<ELEMENT>(u16(x[i] >> 16)) * to_f32<ELEMENT>(u16(y[i] >> 16));
+        sum += half_of_word<element>(x[i], 0) * half_of_word<element>(y[i], 0);
+        sum += half_of_word<element>(x[i], 1) * half_of_word<element>(y[i], 1);
     }
     return sum;
 }
@@ -106,7 +92,7 @@ __device__ __forceinline__ void write_statistics(const Place& at, int block, con
         for (int c = 0; c < CHUNKS; c += LANES_PER_ROW) {
             const int chunk = c + threadIdx.x % LANES_PER_ROW;
             if (chunk >= CHUNKS) continue;
-            const u32 offset = row * QueryLayout::ROW_STRIDE + chunk * QueryLayout::CHUNK_STRIDE;
+            const u32 offset = QueryLayout::at(row, chunk);
             sum += dot_of_chunk(upstream_tile(at, block) + offset, output_tile(at) + offset);
         }
         sum += __shfl_xor_sync(~0u, sum, 1);
@@ -167,38 +153,46 @@ __device__ __forceinline__ void store_bias_gradient(const Scores<M>& ds, const A
             }
 }
 
-/// Scores become `p^T`; `pairs` are the statistics of the columns.
+/// Log-sum and `rowsum(do * o)` of a thread's columns.
+struct Columns {
+    float log_sum[SUB_TILES][2], delta[SUB_TILES][2];
+
+    __device__ __forceinline__ void load(const Place& at, u32 pairs) {
+#pragma unroll
+        for (int n = 0; n < SUB_TILES; n++) {
+            const u32 address = pairs + n * 64 + at.lane % 4 * 16;
+            asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                         : "=f"(log_sum[n][0]), "=f"(delta[n][0]), "=f"(log_sum[n][1]), "=f"(delta[n][1]) : "r"(address) : "memory");
+        }
+    }
+};
+
+/// Scores become `p^T`.
 template <int M>
 __device__ __forceinline__ void make_probabilities(
-    Scores<M>& s, const Arguments& a, const Place& at, int tile, int first_query, u32 pairs, float log2_scale) {
-    if constexpr (BIAS != 0) add_bias<M>(s, a, at, tile, first_query, log2_scale);
-    const float factor = BIAS == 0 ? log2_scale : 1.0f;
+    Scores<M>& s, const Columns& columns, const Arguments& a, const Place& at, int tile, int first_query, float log2_scale) {
+    if constexpr (HAS_BIAS) add_bias<M>(s, a, at, tile, first_query, log2_scale);
+    const float factor = HAS_BIAS ? 1.0f : log2_scale;
 #pragma unroll
-    for (int n = 0; n < SUB_TILES; n++) {
-        const float2 first = load_pair(pairs + n * 64 + at.lane % 4 * 16);
-        const float2 second = load_pair(pairs + n * 64 + at.lane % 4 * 16 + 8);
+    for (int n = 0; n < SUB_TILES; n++)
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) s[m][n][i] = exp2_fast(s[m][n][i] * factor - (i % 2 ? second.x : first.x));
-    }
+            for (int i = 0; i < 4; i++) s[m][n][i] = exp2_fast(s[m][n][i] * factor - columns.log_sum[n][i % 2]);
     if (!at.all_visible) hide_keys<M>(s, at, tile);
 }
 
 /// `dp^T` becomes `ds^T`.
 template <int M>
 __device__ __forceinline__ void make_gradients(
-    Scores<M>& dp, const Scores<M>& p, const Arguments& a, const Place& at, int tile, int first_query, u32 pairs) {
+    Scores<M>& dp, const Scores<M>& p, const Columns& columns, const Arguments& a, const Place& at, int tile, int first_query) {
 #pragma unroll
-    for (int n = 0; n < SUB_TILES; n++) {
-        const float2 first = load_pair(pairs + n * 64 + at.lane % 4 * 16);
-        const float2 second = load_pair(pairs + n * 64 + at.lane % 4 * 16 + 8);
+    for (int n = 0; n < SUB_TILES; n++)
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) dp[m][n][i] = p[m][n][i] * (dp[m][n][i] - (i % 2 ? second.y : first.y));
-    }
-    if constexpr (BIAS != 0)
+            for (int i = 0; i < 4; i++) dp[m][n][i] = p[m][n][i] * (dp[m][n][i] - columns.delta[n][i % 2]);
+    if constexpr (HAS_BIAS)
         if (a.bias_partial != nullptr) store_bias_gradient<M>(dp, a, at, tile, first_query);
 }
 
@@ -212,12 +206,12 @@ __device__ __forceinline__ void add_in_memory(float* sums, float x, float y) {
 #endif
 }
 
-/// Rows of `dq` in a thread's hands, `first_row + 8 i`, eights of columns from `first_tile` but for the first
-/// `skip`: f32 sums in memory while blocks of keys remain, else final. An address belongs to one thread,
+/// Rows of `dq` in a thread's hands, `first_row + 8 i`, eights of columns from `first_tile`:
+/// f32 sums in memory while blocks of keys remain, else final. An address belongs to one thread,
 /// whose stores and additions to it keep their order: this is no race, and the sum is always the same.
 template <int COUNT>
 __device__ __forceinline__ void finish_queries(
-    const float (&c)[1][COUNT][4], const Arguments& a, const Place& at, int first_row, int first_tile, int skip) {
+    const float (&c)[COUNT][4], const Arguments& a, const Place& at, int first_row, int first_tile) {
     const bool final = at.last_visit && gridDim.x == 1;
     float* partial = a.query_partial + blockIdx.x * (i64(a.batch) * a.heads * a.queries * HEAD_DIM);
 #pragma unroll
@@ -225,15 +219,14 @@ __device__ __forceinline__ void finish_queries(
         const int row = first_row + i * 8 + at.lane / 4, first_column = first_tile * 8 + at.lane % 4 * 2;
         if (row >= a.queries) continue;
         float* sums = partial + (head_index(a, at.b, at.h) + row) * HEAD_DIM + first_column;
-        element* to = head_of(a.query_gradient, at.b, at.h) + row * a.query_gradient.token + first_column;
+        element* to = head_of(a.query_gradient, at.b, at.h) + (row * u32(a.query_gradient.token) + first_column);
 #pragma unroll
         for (int n = 0; n < COUNT; n++) {
-            if (n < skip) continue;
-            const float x = c[0][n][2 * i], y = c[0][n][2 * i + 1];
+            const float x = c[n][2 * i], y = c[n][2 * i + 1];
             float2* sum = reinterpret_cast<float2*>(sums + n * 8);
             if (final) {
                 const float2 before = at.first_visit ? make_float2(0.0f, 0.0f) : __ldcg(sum);
-                *reinterpret_cast<u32*>(to + n * 8) = pack<ELEMENT>((before.x + x) * a.scale, (before.y + y) * a.scale);
+                *reinterpret_cast<u32*>(to + n * 8) = word_of_pair<element>((before.x + x) * a.scale, (before.y + y) * a.scale);
             } else if (at.first_visit) {
                 *sum = make_float2(x, y);
             } else {
@@ -255,14 +248,13 @@ __device__ __forceinline__ void find_visible(const Arguments& a, Place& at) {
 __device__ __forceinline__ void store_key_gradients(const KeyGradients& sums, const Arguments& a, const Place& at) {
 #pragma unroll
     for (int m = 0; m < M_TILES; m++) {
-        const u32 tile = value_tile(at) + own_row(at.warp, m) * KeyLayout::ROW_STRIDE;
-        const int first = at.first_key + own_row(at.warp, m);
+        const int row = own_row(at.warp, m), first = at.first_key + row;
         const float one[1][2] = {{1.0f, 1.0f}}, scale[1][2] = {{a.scale, a.scale}};
         if (a.value_gradient.data != nullptr)
-            store_rows<KeyLayout, 1>(reinterpret_cast<const float(&)[1][CHUNKS][4]>(sums.value[m]), one, tile,
+            store_rows<KeyLayout, 1>(reinterpret_cast<const float(&)[1][CHUNKS][4]>(sums.value[m]), one, value_tile(at), row,
                                      head_of(a.value_gradient, at.b, at.h), a.value_gradient.token, first, a.keys);
         if (a.key_gradient.data != nullptr)
-            store_rows<KeyLayout, 1>(reinterpret_cast<const float(&)[1][CHUNKS][4]>(sums.key[m]), scale, tile,
+            store_rows<KeyLayout, 1>(reinterpret_cast<const float(&)[1][CHUNKS][4]>(sums.key[m]), scale, value_tile(at), row,
                                      head_of(a.key_gradient, at.b, at.h), a.key_gradient.token, first, a.keys);
     }
 }
@@ -274,7 +266,7 @@ __device__ __forceinline__ void visit_share(const Arguments& a, u32 shared) {
     Place at;
     at.b = blockIdx.z;
     at.h = blockIdx.y;
-    at.warp = threadIdx.x / 32;
+    at.warp = warp_index();
     at.lane = threadIdx.x % 32;
     at.shared = shared;
     const int blocks = (a.keys + KEY_ROWS - 1) / KEY_ROWS;

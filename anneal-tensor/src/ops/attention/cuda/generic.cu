@@ -1,7 +1,7 @@
 // Attention without tensor cores, forward and backward, for f32 and for head dims that are no
 // multiple of 8: products and sums in f32 whatever the element type.
 //
-// The same algorithm as kernel_forward, and of 2307.08691's backward two walks instead of one: over
+// The same algorithm as forward_mma.cu, and of 2307.08691's backward two walks instead of one: over
 // keys for `dq` (and the bias), over queries for `dk` and `dv`. Each block of threads has `TILE` rows
 // of its own and walks over tiles of the others, all in shared memory as f32. A row's results are
 // spread over `LANES` threads, which hold every `LANES`-th column.
@@ -10,7 +10,7 @@
 // attention_backward_queries_generic(Arguments)  grid (ceil(N / TILE), H, B): dq and bias_partial
 // attention_backward_keys_generic(Arguments)     grid (ceil(M / TILE), H, B): dk and dv
 //   block TILE * LANES threads; shared 4 * (4 * TILE * (HEAD_DIM | 1) + 2 * TILE * (TILE + 1) + 2 * TILE)
-// Contracts as in kernel_forward and kernel_backward, without alignment; query_partial is not used.
+// Contracts as in forward_mma.cu and backward_mma.cu, without alignment; query_partial is not used.
 // TILE is 32, or 16 for head dims above 256. BIAS as everywhere.
 
 #ifndef TILE
@@ -46,7 +46,7 @@ __device__ void load_tile(float* tile, const Rows& rows, const Own& own, int fir
     for (int i = threadIdx.x; i < TILE * HEAD_DIM; i += THREADS) {
         const int row = i / HEAD_DIM, column = i % HEAD_DIM;
         const bool valid = first + row < limit;
-        tile[row * PITCH + column] = valid ? to_f32<ELEMENT>(head[(first + row) * rows.token + column]) : 0.0f;
+        tile[row * PITCH + column] = valid ? to_float(head[(first + row) * rows.token + column]) : 0.0f;
     }
 }
 
@@ -78,7 +78,7 @@ __device__ void store_row(const Rows& rows, const Own& own, const float (&sums)[
     element* to = head_of(rows, own.b, own.h) + row * rows.token;
     for (int c = 0; c < COLUMNS; c++) {
         const int column = own.lane + c * LANES;
-        if (column < HEAD_DIM) to[column] = from_f32<ELEMENT>(sums[c] * factor);
+        if (column < HEAD_DIM) to[column] = from_float<element>(sums[c] * factor);
     }
 }
 
@@ -139,7 +139,7 @@ __device__ void load_statistics(const Tiles& tiles, const Arguments& a, const Ow
     float sum = 0.0f, log_sum = INFINITY_F32;
     if (n < a.queries) {
         const element* output = head_of(a.output, own.b, own.h) + n * a.output.token;
-        for (int d = own.lane; d < HEAD_DIM; d += LANES) sum += upstream[own.row * PITCH + d] * to_f32<ELEMENT>(output[d]);
+        for (int d = own.lane; d < HEAD_DIM; d += LANES) sum += upstream[own.row * PITCH + d] * to_float(output[d]);
         log_sum = a.log_sums[head_index(a, own.b, own.h) + n] * LOG2_E;
     }
     sum = sum_over_row(sum);

@@ -17,11 +17,11 @@ extern "C" __global__ void attention_reduce_queries(const __grid_constant__ Argu
     for (i64 i = i64(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += i64(gridDim.x) * blockDim.x) {
         float sum = 0.0f;
         for (int part = 0; part < parts; part++) sum += head[part * part_size + i];
-        to[i / HEAD_DIM * a.query_gradient.token + i % HEAD_DIM] = from_f32<ELEMENT>(sum * a.scale);
+        to[i / HEAD_DIM * a.query_gradient.token + i % HEAD_DIM] = from_float<element>(sum * a.scale);
     }
 }
 
-#if BIAS != 0
+#if HAS_BIAS
 extern "C" __global__ void attention_reduce_bias(const __grid_constant__ Arguments a, bias_element* gradient, int b_size, int h_size) {
     const i64 count = i64(a.queries) * a.keys;
     const int b_first = blockIdx.z, b_end = b_size == 1 ? a.batch : b_first + 1;
@@ -31,7 +31,7 @@ extern "C" __global__ void attention_reduce_bias(const __grid_constant__ Argumen
         float sum = 0.0f;
         for (int b = b_first; b < b_end; b++)
             for (int h = h_first; h < h_end; h++) sum += a.bias_partial[(i64(b) * a.heads + h) * count + i];
-        to[i] = from_f32<BIAS>(sum);
+        to[i] = from_float<bias_element>(sum);
     }
 }
 #endif

@@ -1,4 +1,4 @@
-// Attention backward on CUDA, shapes of kernel_backward. Text before kernel_gradient.
+// Attention backward on CUDA, shapes of backward_mma.cu. Text before gradient.cuh.
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int WARP_KEYS = 16 * M_TILES;

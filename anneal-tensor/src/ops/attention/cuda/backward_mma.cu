@@ -10,14 +10,14 @@
 // more, a block of threads goes over its share of the keys and adds to `dq` in f32 in memory, which
 // each thread reads back as it wrote it; shares of several blocks are added by attention_reduce_queries.
 //
-// attention_backward(Arguments): reads all but the gradients; writes query_gradient (one part) or
+// attention_backward_mma(Arguments): reads all but the gradients; writes query_gradient (one part) or
 // query_partial[part] (several; also scratch of one part with several blocks of keys), key_gradient,
 // value_gradient and, where not null, bias_partial. Every element of them is written.
 //   grid   (parts, heads, batch); parts at most ceil(keys / (16 M_TILES WARPS))
 //   block  32 WARPS threads
 //   shared (2 * 16 M_TILES WARPS + 5 QUERY_BLOCK) * ROW_BYTES + DS_BUFFERS * 16 M_TILES WARPS *
 //          (2 QUERY_BLOCK + 16) + 16 QUERY_BLOCK bytes
-// Macros beside those of kernel_common: WARPS (4 or 8), M_TILES (of 16 keys a warp), QUERY_BLOCK (32
+// Macros beside those of common.cuh: WARPS (4 or 8), M_TILES (of 16 keys a warp), QUERY_BLOCK (32
 // or 64), SUB_QUERIES (16 or 32: those of one walk through scores), DS_BUFFERS (2: `dq` of a block
 // of queries overlaps with the next block's scores; 1: it does not, for less shared memory),
 // MIN_BLOCKS. Rows of heads must be 16-byte aligned. Not done: dropout, causal masks.
@@ -59,8 +59,10 @@ __device__ __forceinline__ void walk_queries(KeyGradients& sums, const Arguments
     multiply_rows(s, left_address(key_tile(at) + own), Right(queries));
     clear(dp);
     multiply_rows(dp, left_address(value_tile(at) + own), Right(upstream));
-    make_probabilities<M_TILES>(s, a, at, 0, first_query, pairs, a.scale * LOG2_E);
-    make_gradients<M_TILES>(dp, s, a, at, 0, first_query, pairs);
+    Columns columns;
+    columns.load(at, pairs);
+    make_probabilities<M_TILES>(s, columns, a, at, 0, first_query, a.scale * LOG2_E);
+    make_gradients<M_TILES>(dp, s, columns, a, at, 0, first_query);
 
     u32 left[SUB_TILES / 2][M_TILES][4];
 #pragma unroll
@@ -86,7 +88,7 @@ __device__ __forceinline__ void query_gradients(const Arguments& a, const Place&
         load_4_transposed(left[0], ds + k * 16 * DS_ROW_BYTES);
         multiply_columns<FIRST>(c, left, columns + k * 16 * ROW_BYTES);
     }
-    finish_queries(c, a, at, block * QUERY_BLOCK + rows, FIRST, 0);
+    finish_queries<COUNT>(c[0], a, at, block * QUERY_BLOCK + rows, FIRST);
 }
 
 template <int GROUP = 0>
@@ -104,7 +106,6 @@ __device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
     start_keys(a, at);
     start_queries(a, at, 0, log_sums);
     find_visible(a, at);
-    if (at.first_visit) prefetch_next(a);
     KeyGradients sums;
     clear(sums.key);
     clear(sums.value);
@@ -131,7 +132,7 @@ __device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
     store_key_gradients(sums, a, at);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward_mma(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) unsigned char shared[];
     visit_share(a, shared_address(shared));
 }

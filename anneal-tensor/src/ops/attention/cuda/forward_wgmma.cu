@@ -1,25 +1,24 @@
-// Attention forward by warpgroups of sm_90a: kernel_forward's walk with wgmma.
+// Attention forward by warpgroups of sm_90a: forward_mma.cu's walk with wgmma.
 //
 // FlashAttention-2 (arXiv 2307.08691), algorithm 1. A warpgroup owns 64 queries; queries and keys are
 // read from shared memory, probabilities are left factors in registers. Several warpgroups on a
 // multiprocessor fill the matrix unit while others are at their softmax (2407.08608, section 3.1,
 // without its explicit order): they wait for copies and for free stages, never for each other's step.
 //
-// attention_forward_hopper(Arguments): as attention_forward.
+// attention_forward_wgmma(Arguments): as attention_forward_mma.
 //   grid   (ceil(queries / (64 GROUPS)), heads, batch)
 //   block  128 GROUPS threads
-//   shared HEAD_DIM / 8 * (16 * 64 GROUPS + 16 + 2 STAGES (16 KEY_BLOCK + 16)) + 16 max(64, KEY_BLOCK)
-//          + 16 STAGES bytes
-// Macros beside those of kernel_common: GROUPS (warpgroups), KEY_BLOCK (a multiple of 16 up to 64, or
-// 128), STAGES (blocks of keys in flight, at least 3), MIN_BLOCKS (resident on a multiprocessor).
+//   shared 2 HEAD_DIM (64 GROUPS + 2 STAGES KEY_BLOCK) + 16 max(64, KEY_BLOCK) + 16 STAGES bytes
+// Macros beside those of common.cuh: GROUPS (warpgroups), KEY_BLOCK (64 or 128), STAGES (blocks of keys in flight, at least 3), MIN_BLOCKS (resident on a multiprocessor).
 
 constexpr int THREADS = 128 * GROUPS;
 constexpr int QUERY_ROWS = 64 * GROUPS;
-typedef ChunkLayout<QUERY_ROWS> QueryLayout;
-typedef ChunkLayout<KEY_BLOCK> KeyLayout;
-constexpr int KEY_BYTES = CHUNKS * KeyLayout::CHUNK_STRIDE;
+typedef PanelLayout<QUERY_ROWS> QueryLayout;
+typedef PanelLayout<KEY_BLOCK> KeyLayout;
+constexpr int KEY_BYTES = KeyLayout::BYTES;
+static_assert(KEY_BYTES % 1024 == 0, "tiles start at multiples of 1024");
 constexpr int STAGE_BYTES = 2 * KEY_BYTES;
-constexpr int STAGES_OFFSET = CHUNKS * QueryLayout::CHUNK_STRIDE;
+constexpr int STAGES_OFFSET = QueryLayout::BYTES;
 constexpr int ZERO_ROWS = KEY_BLOCK > 64 ? KEY_BLOCK : 64;
 constexpr int ZEROS_OFFSET = STAGES_OFFSET + STAGES * STAGE_BYTES;
 
@@ -30,16 +29,6 @@ __device__ __forceinline__ void start_block(const Arguments& a, const Position& 
     copy_rows<KeyLayout, KEY_BLOCK, THREADS>(stage + KEY_BYTES, head_of(a.value, at.b, at.h), a.value.token, first, a.keys);
 }
 
-/// What the block of threads that follows here will read first.
-__device__ __forceinline__ void prefetch_next(const Arguments& a) {
-    dim3 next;
-    if (!next_block(next)) return;
-    prefetch_rows(head_of(a.query, next.z, next.y), a.query.token, next.x * QUERY_ROWS, QUERY_ROWS, a.queries);
-    if (next.x != 0) return;
-    prefetch_rows(head_of(a.key, next.z, next.y), a.key.token, 0, STAGES * KEY_BLOCK, a.keys);
-    prefetch_rows(head_of(a.value, next.z, next.y), a.value.token, 0, STAGES * KEY_BLOCK, a.keys);
-}
-
 /// Maxima are taken of unscaled scores, which needs a scale that is not negative.
 __device__ __forceinline__ void negate(float (&s)[1][KEY_TILES][4]) {
 #pragma unroll
@@ -48,15 +37,15 @@ __device__ __forceinline__ void negate(float (&s)[1][KEY_TILES][4]) {
         for (int i = 0; i < 4; i++) s[0][n][i] = -s[0][n][i];
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forward_hopper(const __grid_constant__ Arguments a) {
-    extern __shared__ __align__(128) unsigned char shared[];
-    const Position at = {int(blockIdx.z), int(blockIdx.y), int(blockIdx.x) * QUERY_ROWS, int(threadIdx.x / 32), int(threadIdx.x % 32)};
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forward_wgmma(const __grid_constant__ Arguments a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere an empty kernel that nobody starts
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const Position at = {int(blockIdx.z), int(blockIdx.y), int(blockIdx.x) * QUERY_ROWS, warp_index(), int(threadIdx.x % 32)};
     const u32 query_tile = shared_address(shared), stages = query_tile + STAGES_OFFSET;
     const u32 zeros = query_tile + ZEROS_OFFSET, full = zeros + ZERO_ROWS * 16, empty = full + STAGES * 8;
-    const u32 group_queries = query_tile + at.warp / 4 * 64 * 16;
     const int blocks = (a.keys + KEY_BLOCK - 1) / KEY_BLOCK;
     const float log2_scale = fmaxf(fabsf(a.scale) * LOG2_E, 1e-30f);  // never infinity times zero
-    const float factor = BIAS == 0 ? log2_scale : 1.0f;
+    const float factor = HAS_BIAS ? 1.0f : log2_scale;
 
     if (threadIdx.x < STAGES) {
         make_barrier(full + threadIdx.x * 8, THREADS);
@@ -70,7 +59,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
         start_block(a, at, stages, block);
         arrive_with_copies(full + block * 8);
     }
-    prefetch_next(a);
     RowState state;
     clear_state(state);
 #pragma unroll 1
@@ -87,12 +75,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
         const int first_key = block * KEY_BLOCK;
         float s[1][KEY_TILES][4];
         begin_products();
-        multiply_rows<QueryLayout, KeyLayout>(s[0], group_queries, key_tile, zeros);
+        multiply_rows<QueryLayout, KeyLayout>(s[0], query_tile, at.warp / 4 * 64, key_tile, 0, zeros);
         commit_products();
         wait_products<0>();
         hold(s);
         if (a.scale < 0.0f) negate(s);
-        if constexpr (BIAS != 0) add_bias(s, a, at, first_key, log2_scale);
+        if constexpr (HAS_BIAS) add_bias(s, a, at, first_key, log2_scale);
         if (a.mask != nullptr || first_key + KEY_BLOCK > a.keys) hide_keys(s, a, at, first_key);
         softmax_block(state, s, factor);
 
@@ -101,14 +89,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
         for (int k = 0; k < KEY_TILES / 2; k++) pack_left(left[k], s, k);
         hold(state.output);
         begin_products();
-#pragma unroll
-        for (int k = 0; k < KEY_TILES / 2; k++)
-            multiply_columns<KeyLayout>(state.output[0], left[k][0], key_tile + KEY_BYTES + k * 256);
+        multiply_columns<KeyLayout>(state.output[0], left, key_tile + KEY_BYTES, 0);
         commit_products();
         wait_products<0>();
         hold(state.output);
         if (at.lane == 0) arrive(empty + block % STAGES * 8);
     }
     meet_group(at.warp / 4);  // its queries become room for outputs
-    finish<QueryLayout>(state, a, at, query_tile + at.warp * 16 * 16, factor);
+    finish<QueryLayout>(state, a, at, query_tile, factor);
+#endif
 }

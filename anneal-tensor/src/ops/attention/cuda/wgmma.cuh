@@ -1,21 +1,40 @@
 // Attention on CUDA, tensor cores of sm_90a: products by warpgroups of four warps (wgmma).
 //
-// Text after kernel_rows, before the Hopper kernels. 64 rows by 8 TILES columns of results; a thread
+// Text after rows.cuh, before the Hopper kernels. 64 rows by 8 TILES columns of results; a thread
 // of warp `w % 4` holds what it would hold of mma.sync's 16 x 8 results for rows `16 (w % 4)..`.
-// Tiles in shared memory are in the layout without swizzle: 8 rows of one chunk are 128 contiguous
-// bytes, chunks lie CHUNK_STRIDE apart. It serves both ways, rows or columns leading, takes any
-// number of chunks, and 16 bytes beyond whole rows keep copies of 8 chunks of a row in different banks.
+// A tile in shared memory is a panel of 128 bytes a row for every 64 columns, its chunks exchanged by the
+// row as the swizzle of 128 bytes wants it, then single chunks for what is left of the head dim (one
+// for 72), each a column of 16 bytes a row without swizzle. Nothing is padded, copies write whole
+// rows of banks, and both parts can lead by rows or by columns. Tiles start at multiples of 1024 bytes.
 // The descriptor's fields are those of the PTX manual ("matrix descriptor", wgmma).
 
-typedef unsigned long long u64;
+constexpr int PANELS = HEAD_DIM / 64;
+constexpr int REST = HEAD_DIM % 64 / 8;  // chunks beyond the panels
+constexpr int REST_TILES = REST > 0 ? REST : 1, PANEL_COUNT = PANELS > 0 ? PANELS : 1;  // for arrays, never empty
 
-constexpr int DEPTH_16 = HEAD_DIM / 16;
-constexpr bool DEPTH_8 = HEAD_DIM % 16 != 0;
+template <int ROW_COUNT> struct PanelLayout {
+    static constexpr int ROWS = ROW_COUNT;
+    static constexpr int PANEL_BYTES = ROWS * 128, CHUNK_BYTES = ROWS * 16;
+    static constexpr int BYTES = ROWS * HEAD_DIM * 2;
+    static __device__ __forceinline__ u32 at(int row, int chunk) {
+        if (chunk < 8 * PANELS) return chunk / 8 * PANEL_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16;
+        return PANELS * PANEL_BYTES + (chunk - 8 * PANELS) * CHUNK_BYTES + row * 16;
+    }
+};
 
-template <int ROWS> using ChunkLayout = Layout<16, ROWS * 16 + 16>;
+/// An operand's descriptor; moving it is one addition.
+struct Operand {
+    u32 low, high;
 
-__device__ __forceinline__ u64 descriptor(u32 address, u32 leading, u32 stride) {
-    return u64((address & 0x3ffff) >> 4 | leading >> 4 << 16) | u64(stride >> 4) << 32;
+    __device__ __forceinline__ u64 at(u32 bytes) const { return u64(low + (bytes >> 4)) | u64(high) << 32; }
+};
+
+/// Of a panel: groups of 8 rows are 1024 bytes apart.
+__device__ __forceinline__ Operand panel_operand(u32 address) { return {address >> 4 | 1 << 16, 1024 >> 4 | 1 << 30}; }
+
+/// Of single chunks: `leading` and `stride` are those of the manual, by which operand leads.
+__device__ __forceinline__ Operand chunk_operand(u32 address, u32 leading, u32 stride) {
+    return {address >> 4 | leading >> 4 << 16, stride >> 4};
 }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -40,7 +59,7 @@ template <int M, int N> __device__ __forceinline__ void hold(float (&c)[M][N][4]
 /// TA, TB: 1 where the columns of `a`, the rows of `b^T` lead (their chunks run along the results).
 template <int TILES> struct Product;
 
-#if ELEMENT == 2
+#if ELEMENT_IS_BF16
 #define WGMMA_TYPE "bf16.bf16"
 #else
 #define WGMMA_TYPE "f16.f16"
@@ -115,27 +134,45 @@ DEFINE_PRODUCT(14, 112, "%56", "%57", "%58", "%59", "%60", "%61", "%62")
 DEFINE_PRODUCT(15, 120, "%60", "%61", "%62", "%63", "%64", "%65", "%66")
 DEFINE_PRODUCT(16, 128, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 
-/// `c = left right^T` over the head dim: 64 rows by 8 `N` rows. `zeros` is a chunk of zero rows that
-/// follows both tiles in memory and completes an odd last chunk.
+/// `N` consecutive tiles of results.
+template <int N, int ALL> __device__ __forceinline__ float (&part(float (&c)[ALL][4], int first))[N][4] {
+    return reinterpret_cast<float(&)[N][4]>(c[first]);
+}
+
+/// `c = left right^T` over the head dim: rows `left_row..+64` by rows `right_row..+8 N`. `zeros` is a chunk of
+/// zero rows that follows both tiles in memory and completes an odd last chunk.
 template <class LEFT, class RIGHT, int N>
-__device__ __forceinline__ void multiply_rows(float (&c)[N][4], u32 left, u32 right, u32 zeros) {
+__device__ __forceinline__ void multiply_rows(float (&c)[N][4], u32 left, int left_row, u32 right, int right_row, u32 zeros) {
+    const Operand x = panel_operand(left + left_row * 128), y = panel_operand(right + right_row * 128);
 #pragma unroll
-    for (int depth = 0; depth < DEPTH_16; depth++) {
-        const u64 a = descriptor(left + 2 * depth * LEFT::CHUNK_STRIDE, LEFT::CHUNK_STRIDE, 128);
-        const u64 b = descriptor(right + 2 * depth * RIGHT::CHUNK_STRIDE, RIGHT::CHUNK_STRIDE, 128);
-        Product<N>::template shared<0, 0>(c, a, b, depth > 0);
-    }
-    if constexpr (DEPTH_8) {
-        const u32 last_left = left + 2 * DEPTH_16 * LEFT::CHUNK_STRIDE, last_right = right + 2 * DEPTH_16 * RIGHT::CHUNK_STRIDE;
-        const u64 a = descriptor(last_left, zeros - last_left, 128), b = descriptor(last_right, zeros - last_right, 128);
-        Product<N>::template shared<0, 0>(c, a, b, DEPTH_16 > 0);
+    for (int depth = 0; depth < 4 * PANELS; depth++)
+        Product<N>::template shared<0, 0>(
+            c, x.at(depth / 4 * LEFT::PANEL_BYTES + depth % 4 * 32), y.at(depth / 4 * RIGHT::PANEL_BYTES + depth % 4 * 32), depth > 0);
+    const u32 left_rest = left + PANELS * LEFT::PANEL_BYTES + left_row * 16;
+    const u32 right_rest = right + PANELS * RIGHT::PANEL_BYTES + right_row * 16;
+#pragma unroll
+    for (int chunk = 0; chunk < REST; chunk += 2) {
+        const u32 left_chunk = left_rest + chunk * LEFT::CHUNK_BYTES, right_chunk = right_rest + chunk * RIGHT::CHUNK_BYTES;
+        const bool whole = chunk + 2 <= REST;
+        const Operand x = chunk_operand(left_chunk, whole ? LEFT::CHUNK_BYTES : zeros - left_chunk, 128);
+        const Operand y = chunk_operand(right_chunk, whole ? RIGHT::CHUNK_BYTES : zeros - right_chunk, 128);
+        Product<N>::template shared<0, 0>(c, x.at(0), y.at(0), PANELS > 0 || chunk > 0);
     }
 }
 
-/// `c += a rows`: 64 x 16 times the 16 rows at `rows`, the first 8 `N` columns from there.
-template <class LAYOUT, int N>
-__device__ __forceinline__ void multiply_columns(float (&c)[N][4], const u32 (&a)[4], u32 rows) {
-    Product<N>::template registers<1>(c, a, descriptor(rows, 128, LAYOUT::CHUNK_STRIDE), 1);
+/// `c += a rows`, `a` being `STEPS` fragments side by side: 64 rows by 16 STEPS rows of a tile from `row` on, all columns.
+template <class LAYOUT, int STEPS>
+__device__ __forceinline__ void multiply_columns(float (&c)[CHUNKS][4], const u32 (&a)[STEPS][1][4], u32 tile, int row) {
+    const Operand panels = panel_operand(tile + row * 128);
+    const Operand rest = chunk_operand(tile + PANELS * LAYOUT::PANEL_BYTES + row * 16, 128, LAYOUT::CHUNK_BYTES);
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) {
+#pragma unroll
+        for (int panel = 0; panel < PANELS; panel++)
+            Product<8>::registers<1>(part<8>(c, 8 * panel), a[k][0], panels.at(panel * LAYOUT::PANEL_BYTES + k * 16 * 128), 1);
+        if constexpr (REST > 0)
+            Product<REST_TILES>::template registers<1>(part<REST_TILES>(c, CHUNKS - REST_TILES), a[k][0], rest.at(k * 16 * 16), 1);
+    }
 }
 
 template <int ROWS> __device__ __forceinline__ void clear_zeros(u32 zeros) {

@@ -1,6 +1,6 @@
 // Attention on CUDA, the forward pass between the products: online softmax of a warp's rows.
 //
-// Text before kernel_forward and kernel_forward_hopper, after the constants M_TILES (of 16 queries a
+// Text before forward_mma.cu and forward_wgmma.cu, after the constants M_TILES (of 16 queries a
 // warp), KEY_TILES (of 8 keys a block) and CHUNKS. FlashAttention-2 (arXiv 2307.08691), algorithm 1.
 // Scores are kept to the base 2: `exp(x) = 2^(x log2 e)`, the factor folded into the scale.
 
@@ -86,7 +86,7 @@ __device__ __forceinline__ void softmax_block(RowState& state, float (&s)[M_TILE
         }
 }
 
-/// Stores outputs and log-sums; `tile` is room for the warp's rows.
+/// Stores outputs and log-sums; `tile` has room for the rows of all warps.
 template <class LAYOUT>
 __device__ __forceinline__ void finish(
     const RowState& state, const Arguments& a, const Position& at, u32 tile, float factor) {
@@ -104,7 +104,7 @@ __device__ __forceinline__ void finish(
             const float log_sum = (state.maximum[m][i] * factor + log2f(sum)) / LOG2_E;
             a.log_sums[head_index(a, at.b, at.h) + row] = sum == 0.0f ? INFINITY_F32 : log_sum;
         }
-    store_rows<LAYOUT>(state.output, inverse, tile, head_of(a.output, at.b, at.h), a.output.token, first, a.queries);
+    store_rows<LAYOUT>(state.output, inverse, tile, at.warp * WARP_ROWS, head_of(a.output, at.b, at.h), a.output.token, first, a.queries);
 }
 
 __device__ __forceinline__ void clear_state(RowState& state) {

@@ -1,6 +1,6 @@
 // Attention on CUDA, tensor cores of sm_80 and later: products of rows in shared memory.
 //
-// Text after kernel_rows, before kernel_forward or kernel_backward. Instructions: ldmatrix and
+// Text after rows.cuh, before forward_mma.cu or backward_mma.cu. Instructions: ldmatrix and
 // mma.sync, which every architecture from sm_80 on has. Fragments are those of the
 // PTX manual for m16n8k16: of 16 x 8 results a thread holds rows `lane / 4` and `lane / 4 + 8`,
 // columns `lane % 4 * 2` and the next. A head dim of an odd number of eights ends in one m16n8k8,
@@ -10,7 +10,10 @@
 constexpr int ROW_BYTES = (CHUNKS % 2 ? CHUNKS : CHUNKS + 1) * 16;
 constexpr int DEPTH_16 = HEAD_DIM / 16;
 constexpr bool DEPTH_8 = HEAD_DIM % 16 != 0;
-typedef Layout<ROW_BYTES, 16> TileLayout;
+
+struct TileLayout {
+    static __device__ __forceinline__ u32 at(int row, int chunk) { return row * ROW_BYTES + chunk * 16; }
+};
 
 __device__ __forceinline__ void load_4(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -32,7 +35,7 @@ __device__ __forceinline__ void load_2_transposed(u32& r0, u32& r1, u32 address)
                  : "=r"(r0), "=r"(r1) : "r"(address) : "memory");
 }
 
-#if ELEMENT == 2
+#if ELEMENT_IS_BF16
 #define MMA_TYPE "bf16.bf16"
 #else
 #define MMA_TYPE "f16.f16"
