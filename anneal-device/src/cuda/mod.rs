@@ -8,6 +8,7 @@
 
 mod blas;
 mod compiler;
+mod dnn;
 mod driver;
 mod graph;
 mod launch;
@@ -25,6 +26,10 @@ use cudarc::driver::sys;
 
 pub use blas::{Epilogue, Operand, Output, Product};
 pub use compiler::{Macros, Source, Variant, cache_folder, compile, version as compiler_version};
+pub use dnn::{
+    AttentionBackend, AttentionElement, AttentionKey, AttentionPass, AttentionPlan, AttentionStrides,
+    AttentionTensors, dnn_version,
+};
 pub use driver::{Properties, device_count, properties};
 pub use graph::Graph;
 pub use launch::{Arguments, Kernel, Launch};
@@ -34,6 +39,7 @@ pub use transfer::PendingRead;
 
 use crate::DeviceError;
 use crate::memory::MemoryStatistics;
+use dnn::Dnn;
 use driver::check;
 use graph::Mode;
 use launch::Kernels;
@@ -53,6 +59,7 @@ pub struct CudaDevice {
     stream: sys::CUstream,
     slab: Arc<Slab>,
     kernels: Kernels,
+    dnn: Dnn,
     staging: Mutex<Staging>,
     pinned: Mutex<Vec<Pinned>>,
     mode: Mutex<Mode>,
@@ -89,6 +96,7 @@ impl CudaDevice {
             stream,
             slab,
             kernels: Kernels::default(),
+            dnn: Dnn::new()?,
             staging: Mutex::default(),
             pinned: Mutex::default(),
             mode: Mutex::default(),
@@ -332,6 +340,7 @@ impl Drop for CudaDevice {
         unsafe {
             sys::cuCtxSetCurrent(self.context);
             sys::cuStreamSynchronize(self.stream);
+            self.dnn.close();
             sys::cuStreamDestroy_v2(self.stream);
         }
         CURRENT.set(0);

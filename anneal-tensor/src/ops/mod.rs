@@ -55,6 +55,7 @@ use crate::{Outputs, Tensor};
 /// The kernels of every op; each `cuda.rs` names its own.
 pub(crate) fn kernel_variants() -> Vec<Variant> {
     let all: &[fn() -> Vec<Variant>] = &[
+        attention::cuda::variants,
         binary::cuda::variants,
         cast::cuda::variants,
         copy::cuda::variants,
