@@ -5,12 +5,12 @@
 //! writes into them directly. Here is the store that keeps everything resident on one device;
 //! stores that shard or offload implement the same trait.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 
 use anneal_tensor::{DType, Device, Phase, Purpose, Result, Sink, Tensor, TensorError, ops};
 
-use crate::{ChunkLayout, ParamId, Parameters, ScopeId};
+use crate::{ChunkLayout, Init, ParamId, Parameters, ScopeId};
 
 /// A flat buffer of weights and, if it is trained, of gradients.
 #[derive(Clone)]
@@ -115,12 +115,44 @@ impl ResidentStore {
         Ok(Self { parameters, layout, device: device.clone(), options, chunks, written, entered })
     }
 
-    /// Draws every parameter from its initialiser.
+    /// Draws every parameter from its initialiser. Threads draw ahead of what is written: half a
+    /// billion draws are what a large model's start is spent on.
     pub fn initialise(&self, seed: u64) -> Result<()> {
-        for (id, spec) in self.parameters.iter() {
-            self.write(id, &spec.init.values(seed, id, spec))?;
-        }
-        Ok(())
+        let threads = match &self.device {
+            Device::Cpu(cpu) => cpu.pool.threads(),
+            Device::Cuda(_) => std::thread::available_parallelism().map_or(1, |count| count.get()),
+        };
+        let all: Vec<_> = self.parameters.iter().collect();
+        let next = AtomicUsize::new(0);
+        let (sender, drawn) = mpsc::sync_channel(threads);
+        std::thread::scope(|scope| {
+            // Owned by this scope, so that a failed write ends the threads.
+            let drawn = drawn;
+            for _ in 0..threads {
+                let (sender, all, next) = (sender.clone(), &all, &next);
+                scope.spawn(move || {
+                    while let Some(&(id, spec)) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        let zeros = matches!(spec.init, Init::Zeros);
+                        let values = (!zeros).then(|| spec.init.values(seed, id, spec));
+                        if sender.send((id, values)).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+            drop(sender);
+            drawn.into_iter().try_for_each(|(id, values)| match values {
+                Some(values) => self.write(id, &values),
+                None => self.write_zeros(&self.chunks[self.layout.slot(id).chunk].weights, id),
+            })
+        })
+    }
+
+    /// Zeroes a parameter's part of a chunk.
+    fn write_zeros(&self, chunk: &Tensor, id: ParamId) -> Result<()> {
+        let slot = self.layout.slot(id);
+        let zeros = Tensor::zeros(&self.device, &[slot.elements], chunk.dtype())?;
+        ops::overwrite(&chunk.piece(slot.offset, &[slot.elements])?, &zeros)
     }
 
     fn scope_depth(&self, scope: ScopeId, change: isize) -> Result<()> {
@@ -199,11 +231,9 @@ impl ParamStore for ResidentStore {
     fn finish_gradients(&self) -> Result<()> {
         for (id, spec) in self.parameters.iter() {
             if spec.trainable && self.options.train && !self.written[id.0].swap(true, Ordering::Relaxed) {
-                let slot = self.layout.slot(id);
-                let gradients =
-                    self.chunks[slot.chunk].gradients.as_ref().expect("trainable chunks have gradients");
-                let zeros = Tensor::zeros(&self.device, &[slot.elements], DType::F32)?;
-                ops::overwrite(&gradients.piece(slot.offset, &[slot.elements])?, &zeros)?;
+                let chunk = &self.chunks[self.layout.slot(id).chunk];
+                let gradients = chunk.gradients.as_ref().expect("trainable chunks have gradients");
+                self.write_zeros(gradients, id)?;
             }
         }
         Ok(())
