@@ -73,11 +73,13 @@ impl Figures for PendingFigures {
     }
 
     fn wait(self) -> Result<(f64, StepReport)> {
+        // First what comes last, so that a host that must wait does it once.
+        let report = self.report.wait()?;
         let passes = self.losses.into_iter().map(Pending::wait).collect::<Result<Vec<_>, _>>()?;
         let batch: usize = passes.iter().map(Vec::len).sum();
         let sum = |values: &Vec<f32>| values.iter().copied().map(f64::from).sum::<f64>();
         let loss = passes.iter().fold(0.0, |loss, values| loss + sum(values) / batch as f64);
-        Ok((loss, self.report.wait()?))
+        Ok((loss, report))
     }
 }
 

@@ -144,9 +144,9 @@ pub fn resume(trainer: &mut Trainer, run: &Path, changed_recipe: bool) -> Result
             write(State::Average(index), &read(&average_group(*rate), &spec.name)?)?;
         }
     }
-    let loss_scale = saved.loss_scale.map_or(LossScale::START, |SavedLossScale { scale, good_steps }| {
-        LossScale { scale, good_steps }
-    });
+    let loss_scale = saved
+        .loss_scale
+        .map_or(LossScale::START, |SavedLossScale { scale, good_steps }| LossScale { scale, good_steps });
     trainer.optimizer.set_progress(Progress { steps: saved.optimizer_steps, loss_scale })?;
     trainer.step = saved.step;
     trainer.outcomes.skipped = Skipped { in_all: saved.skipped, in_a_row: saved.skipped_in_a_row };

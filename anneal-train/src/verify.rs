@@ -16,8 +16,8 @@ use anneal_recipe::{Recipe, Train};
 use crate::checkpoint::RunLock;
 use crate::error::{Result, TrainError};
 use crate::run::{Preview, sampling_rate};
-use crate::state;
 use crate::settings;
+use crate::state;
 use crate::trainer::{StepOutcome, Trainer};
 
 /// What was compared and what differed.

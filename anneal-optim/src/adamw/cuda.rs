@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
-use anneal_device::{CudaDevice, DeviceError};
 use anneal_device::cuda::{Arguments, Launch, Source, Variant};
+use anneal_device::{CudaDevice, DeviceError};
 use anneal_nn::Chunk;
 use anneal_tensor::kernels::element;
 use anneal_tensor::{DType, Device, Purpose, Result, Tensor, TensorError, ops};
@@ -55,12 +55,7 @@ pub fn kernel_variants() -> Vec<Variant> {
 }
 
 impl Tables {
-    fn new(
-        device: &Device,
-        options: &AdamWOptions,
-        tasks: &[Task],
-        addresses: Vec<i64>,
-    ) -> Result<Self> {
+    fn new(device: &Device, options: &AdamWOptions, tasks: &[Task], addresses: Vec<i64>) -> Result<Self> {
         let of_tasks: Vec<i64> = tasks
             .iter()
             .flat_map(|task| [task.state as i64, task.start as i64, task.elements as i64, task.decays.into()])

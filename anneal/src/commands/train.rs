@@ -63,12 +63,8 @@ pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
         return Ok(code);
     }
     let out = arguments.output.join("samples.png");
-    let opening = Opening {
-        ema: None,
-        heads: None,
-        precision: Precision::Fp32,
-        device: settings::device(&recipe)?,
-    };
+    let opening =
+        Opening { ema: None, heads: None, precision: Precision::Fp32, device: settings::device(&recipe)? };
     let source = source::open(&arguments.output, &opening)?;
     let drawing = Drawing {
         settings: SamplingSettings::of(&recipe.sample),
