@@ -5,9 +5,9 @@
 //! of devices nor the company in a batch changes anything.
 //! Source of the logit-normal density: SD3 (arXiv 2403.03206) eq. 19.
 
-use anneal_tensor::parallel::parts_mut;
+use anneal_tensor::ops::normal_rows;
 use anneal_tensor::rng::{Purpose, Stream};
-use anneal_tensor::{DType, Device, Tensor};
+use anneal_tensor::{Device, Tensor};
 
 use crate::error::{DiffusionError, Result};
 use crate::process::{FLOW_TIMESTEP_SCALE, Process};
@@ -72,8 +72,12 @@ pub fn draw_label_drops(probability: f64, seed: u64, step: u64, samples: &[u64])
 /// # Errors
 /// If memory runs out.
 pub fn draw_noise(device: &Device, sizes: &[usize], seed: u64, step: u64, samples: &[u64]) -> Result<Tensor> {
-    let streams = samples.iter().map(|sample| Stream::new(seed, Purpose::Noise, step, *sample));
-    Ok(normal_rows(device, sizes, streams.collect())?)
+    Ok(normal_rows(device, sizes, &noise_streams(seed, step, samples))?)
+}
+
+/// The streams that the noise of these samples comes from.
+pub(crate) fn noise_streams(seed: u64, step: u64, samples: &[u64]) -> Vec<Stream> {
+    samples.iter().map(|sample| Stream::new(seed, Purpose::Noise, step, *sample)).collect()
 }
 
 /// The first noise of samples with these seeds, f32 [B, sizes...].
@@ -82,7 +86,7 @@ pub fn draw_noise(device: &Device, sizes: &[usize], seed: u64, step: u64, sample
 /// If memory runs out.
 pub fn draw_latents(device: &Device, sizes: &[usize], seeds: &[u64]) -> Result<Tensor> {
     let streams = seeds.iter().map(|seed| Stream::new(*seed, Purpose::SampleLatent, 0, 0));
-    Ok(normal_rows(device, sizes, streams.collect())?)
+    Ok(normal_rows(device, sizes, &streams.collect::<Vec<Stream>>())?)
 }
 
 /// Sampler noise from each sample's own seed.
@@ -95,20 +99,6 @@ pub struct SeededNoise {
 impl NoiseSource for SeededNoise {
     fn noise(&mut self, step: usize, like: &Tensor) -> anneal_tensor::Result<Tensor> {
         let streams = self.seeds.iter().map(|seed| Stream::new(*seed, Purpose::SamplerNoise, step as u64, 0));
-        normal_rows(like.device(), &like.dims()[1..], streams.collect())
+        normal_rows(like.device(), &like.dims()[1..], &streams.collect::<Vec<Stream>>())
     }
-}
-
-fn normal_rows(device: &Device, sizes: &[usize], streams: Vec<Stream>) -> anneal_tensor::Result<Tensor> {
-    let mut dims = vec![streams.len()];
-    dims.extend(sizes);
-    let mut noise = Tensor::empty(device, &dims, DType::F32)?;
-    let row: usize = sizes.iter().product();
-    match device {
-        Device::Cpu(cpu) => parts_mut(&cpu.pool, noise.data_mut::<f32>(), row.max(1), |index, part| {
-            streams[index].clone().fill_normal(part);
-        }),
-        Device::Cuda(_) => return Err(anneal_tensor::TensorError::unsupported_device("normal")),
-    }
-    Ok(noise)
 }

@@ -8,6 +8,7 @@
 use anneal_tensor::ops::{DiffusionLoss, DiffusionLossRow, VariationalRow, diffusion_loss};
 use anneal_tensor::{Tensor, ops};
 
+use crate::draws::noise_streams;
 use crate::error::{DiffusionError, Result};
 use crate::prediction::Prediction;
 use crate::process::{NoiseLevel, Process};
@@ -71,10 +72,31 @@ impl Objective {
     /// # Errors
     /// If a timestep is outside the process, or shapes disagree.
     pub fn noised(&self, clean: &Tensor, noise: &Tensor, timesteps: &[f64]) -> Result<Tensor> {
-        let levels = self.levels(timesteps)?;
-        let alphas: Vec<f32> = levels.iter().map(|level| level.alpha as f32).collect();
-        let sigmas: Vec<f32> = levels.iter().map(|level| level.sigma as f32).collect();
+        let (alphas, sigmas) = self.coefficients(timesteps)?;
         Ok(ops::linear_combination_per_sample(&[(&alphas, clean), (&sigmas, noise)])?)
+    }
+
+    /// Training noise as by [`draw_noise`](crate::draw_noise), and the [`noised`](Self::noised) samples that it
+    /// makes of `clean` f32 [B, C, ...]: both f32 in its shape, on a GPU in one pass.
+    ///
+    /// # Errors
+    /// If a timestep is outside the process, or there is not one timestep and index for each sample.
+    pub fn draw_noised(
+        &self,
+        clean: &Tensor,
+        timesteps: &[f64],
+        seed: u64,
+        step: u64,
+        samples: &[u64],
+    ) -> Result<(Tensor, Tensor)> {
+        let (alphas, sigmas) = self.coefficients(timesteps)?;
+        Ok(ops::noised(clean, &noise_streams(seed, step, samples), &alphas, &sigmas)?)
+    }
+
+    /// What multiplies signal and noise of each sample.
+    fn coefficients(&self, timesteps: &[f64]) -> Result<(Vec<f32>, Vec<f32>)> {
+        let levels = self.levels(timesteps)?;
+        Ok(levels.iter().map(|level| (level.alpha as f32, level.sigma as f32)).unzip())
     }
 
     /// The loss of the model's `output` [B, C or 2C, ...] for x_t made of `clean` and `noise`.

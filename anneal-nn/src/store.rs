@@ -5,8 +5,8 @@
 //! writes into them directly. Here is the store that keeps everything resident on one device;
 //! stores that shard or offload implement the same trait.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use anneal_tensor::{DType, Device, Phase, Purpose, Result, Sink, Tensor, TensorError, ops};
 
@@ -115,37 +115,15 @@ impl ResidentStore {
         Ok(Self { parameters, layout, device: device.clone(), options, chunks, written, entered })
     }
 
-    /// Draws every parameter from its initialiser. Threads draw ahead of what is written: half a
-    /// billion draws are what a large model's start is spent on.
+    /// Draws every parameter from its initialiser.
     pub fn initialise(&self, seed: u64) -> Result<()> {
-        let threads = match &self.device {
-            Device::Cpu(cpu) => cpu.pool.threads(),
-            Device::Cuda(_) => std::thread::available_parallelism().map_or(1, |count| count.get()),
-        };
-        let all: Vec<_> = self.parameters.iter().collect();
-        let next = AtomicUsize::new(0);
-        let (sender, drawn) = mpsc::sync_channel(threads);
-        std::thread::scope(|scope| {
-            // Owned by this scope, so that a failed write ends the threads.
-            let drawn = drawn;
-            for _ in 0..threads {
-                let (sender, all, next) = (sender.clone(), &all, &next);
-                scope.spawn(move || {
-                    while let Some(&(id, spec)) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        let zeros = matches!(spec.init, Init::Zeros);
-                        let values = (!zeros).then(|| spec.init.values(seed, id, spec));
-                        if sender.send((id, values)).is_err() {
-                            return;
-                        }
-                    }
-                });
+        for (id, spec) in self.parameters.iter() {
+            match &spec.init {
+                Init::Zeros => self.write_zeros(&self.chunks[self.layout.slot(id).chunk].weights, id)?,
+                drawn => self.write(id, &drawn.values(seed, id, spec))?,
             }
-            drop(sender);
-            drawn.into_iter().try_for_each(|(id, values)| match values {
-                Some(values) => self.write(id, &values),
-                None => self.write_zeros(&self.chunks[self.layout.slot(id).chunk].weights, id),
-            })
-        })
+        }
+        Ok(())
     }
 
     /// Zeroes a parameter's part of a chunk.

@@ -23,7 +23,8 @@ pub use error::TensorError;
 pub use half;
 pub use shape::{Dims, dims};
 pub use tape::{
-    BackwardPass, Leaf, Op, Outputs, Phase, Saver, Scope, Sink, Tape, apply, checkpoint, refuse_tracked,
+    BackwardPass, Leaf, Op, Outputs, Phase, Remake, Remaking, Saver, Scope, Sink, Tape, apply, checkpoint,
+    refuse_tracked,
 };
 pub use tensor::{Pending, Tensor};
 

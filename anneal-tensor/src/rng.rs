@@ -70,6 +70,29 @@ impl Stream {
         }
     }
 
+    /// The same stream from its 32-bit word `position` on, a multiple of 4: the draws of a long list can be
+    /// made in pieces, in any order.
+    ///
+    /// # Panics
+    /// If the position is not a multiple of 4, or beyond the stream's 2^34 words.
+    pub fn at(&self, position: usize) -> Self {
+        assert!(position.is_multiple_of(4) && position < 1 << 34, "word {position} of a stream");
+        Self {
+            counter: [(position / 4) as u32, self.counter[1], self.counter[2], self.counter[3]],
+            used: 4,
+            ..self.clone()
+        }
+    }
+
+    /// The key and the counter of the next block, for a kernel that draws on.
+    ///
+    /// # Panics
+    /// If the stream stands within a block of four words.
+    pub(crate) fn key_and_counter(&self) -> ([u32; 2], [u32; 4]) {
+        assert_eq!(self.used, 4, "a device goes on with a stream from the start of a block only");
+        (self.key, self.counter)
+    }
+
     /// The next 32 random bits.
     pub fn next_u32(&mut self) -> u32 {
         if self.used == 4 {
@@ -169,6 +192,16 @@ mod tests {
         ] {
             assert_ne!(base, other);
         }
+    }
+
+    #[test]
+    fn a_stream_can_be_entered_anywhere() {
+        let mut whole = [0f32; 64];
+        let mut stream = Stream::new(3, Purpose::Test, 1, 2);
+        stream.fill_normal(&mut whole);
+        let mut part = [0f32; 20];
+        stream.at(40).fill_normal(&mut part);
+        assert_eq!(part, whole[40..60]);
     }
 
     #[test]

@@ -5,9 +5,14 @@
 //! gradients of its outputs, and frees its saved tensors before going on.
 //! Weights are never saved: a [`Leaf`] is fetched again when backward needs it, so a store
 //! may free it in between; its gradient goes straight into the leaf's [`Sink`].
+//! An output that its op can make again is not kept either, if [`Remaking`] says so: a consumer that
+//! saves it saves its [`Remake`].
 //! A [`Scope`] brackets a block in forward, recomputation and backward.
 
+use std::cell::OnceCell;
 use std::sync::{Arc, Mutex, MutexGuard};
+
+use anneal_device::Device;
 
 use smallvec::SmallVec;
 
@@ -43,6 +48,33 @@ pub struct Sink {
     pub accumulate: bool,
 }
 
+/// Makes an output of an op again in backward, bit for bit, from what that op keeps anyway.
+///
+/// Holds no weights, for it may be asked outside its op's scope.
+pub trait Remake: Send + Sync {
+    fn remake(&self) -> Result<Tensor>;
+}
+
+/// Whether outputs that can be made again are made again in backward instead of being kept for it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Remaking {
+    /// On GPUs, whose memory limits the batch and whose bandwidth makes it cheap.
+    #[default]
+    OnGpu,
+    Always,
+    Never,
+}
+
+impl Remaking {
+    fn applies(self, device: &Device) -> bool {
+        match self {
+            Self::OnGpu => matches!(device, Device::Cuda(_)),
+            Self::Always => true,
+            Self::Never => false,
+        }
+    }
+}
+
 /// Why a block is being run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -69,6 +101,8 @@ pub(crate) struct Track {
 enum Saved {
     Tensor(Tensor),
     Leaf(Arc<dyn Leaf>),
+    /// With the tensor once it has been made.
+    Remake(Arc<dyn Remake>, OnceCell<Tensor>),
     Taken,
 }
 
@@ -89,10 +123,13 @@ enum Record {
 struct Value {
     gradient: Option<Tensor>,
     leaf: Option<Arc<dyn Leaf>>,
+    /// Until backward has passed the op that made the value.
+    remake: Option<Arc<dyn Remake>>,
 }
 
 #[derive(Default)]
 struct State {
+    remaking: Remaking,
     records: Vec<Record>,
     values: Vec<Value>,
 }
@@ -106,10 +143,16 @@ impl Tape {
         Self::default()
     }
 
+    /// The same recording under another policy; to be set before anything is recorded.
+    pub fn with_remaking(self, remaking: Remaking) -> Self {
+        self.state().remaking = remaking;
+        self
+    }
+
     /// A tracked handle of a parameter.
     pub fn leaf(&self, leaf: Arc<dyn Leaf>) -> Result<Tensor> {
         let mut tensor = leaf.fetch()?;
-        tensor.track = Some(self.track(Value { leaf: Some(leaf), gradient: None }));
+        tensor.track = Some(self.track(Value { leaf: Some(leaf), ..Value::default() }));
         Ok(tensor)
     }
 
@@ -182,8 +225,13 @@ impl Tape {
     fn backward_node(&self, node: Node) -> Result<()> {
         let mut pass = {
             let mut state = self.state();
-            let gradients: SmallVec<[Option<Tensor>; 2]> =
-                node.outputs.iter().map(|value| state.values[value.0].gradient.take()).collect();
+            let remaking = state.remaking;
+            let outputs = node.outputs.iter().map(|value| {
+                let value = &mut state.values[value.0];
+                value.remake = None;
+                value.gradient.take()
+            });
+            let gradients: SmallVec<[Option<Tensor>; 2]> = outputs.collect();
             if gradients.iter().all(Option::is_none) {
                 return Ok(());
             }
@@ -198,7 +246,8 @@ impl Tape {
                     },
                 })
                 .collect();
-            BackwardPass { op: node.op.name(), gradients, saved: node.saved, targets, given: SmallVec::new() }
+            let (op, given) = (node.op.name(), SmallVec::new());
+            BackwardPass { op, remaking, gradients, saved: node.saved, targets, given }
         };
         node.op.backward(&mut pass)?;
         let given = std::mem::take(&mut pass.given);
@@ -231,12 +280,21 @@ impl Tape {
     }
 }
 
+/// Where an input's value comes from when backward wants it.
+enum Source {
+    Memory,
+    Leaf(Arc<dyn Leaf>),
+    Remake(Arc<dyn Remake>),
+}
+
 /// Collects what an op's backward will need.
 pub struct Saver {
     recording: bool,
+    remakes: bool,
     needs: SmallVec<[bool; 6]>,
-    leaves: SmallVec<[Option<Arc<dyn Leaf>>; 6]>,
+    sources: SmallVec<[Source; 6]>,
     saved: SmallVec<[Saved; 6]>,
+    remade: SmallVec<[(usize, Arc<dyn Remake>); 1]>,
 }
 
 impl Saver {
@@ -250,14 +308,27 @@ impl Saver {
         self.needs[input]
     }
 
-    /// Saves an input: by reference to its leaf if it is a parameter, else its memory.
+    /// Saves an input: by reference to its leaf if it is a parameter, to its [`Remake`] if it can be made
+    /// again, else its memory.
     pub fn input(&mut self, index: usize, tensor: &Tensor) {
         if self.recording {
-            self.saved.push(match &self.leaves[index] {
-                Some(leaf) => Saved::Leaf(leaf.clone()),
-                None => Saved::Tensor(tensor.detach()),
+            self.saved.push(match &self.sources[index] {
+                Source::Leaf(leaf) => Saved::Leaf(leaf.clone()),
+                Source::Remake(remake) => Saved::Remake(remake.clone(), OnceCell::new()),
+                Source::Memory => Saved::Tensor(tensor.detach()),
             });
         }
+    }
+
+    /// Whether outputs are to be made again instead of kept: the recording's policy says so, and no input
+    /// is a parameter.
+    pub fn remakes(&self) -> bool {
+        self.recording && self.remakes
+    }
+
+    /// Offers to make an output again; to be called if [`Self::remakes`].
+    pub fn remake(&mut self, output: usize, remake: impl Remake + 'static) {
+        self.remade.push((output, Arc::new(remake)));
     }
 
     /// Saves a tensor made in forward.
@@ -277,6 +348,7 @@ enum Target {
 /// What an op sees in backward.
 pub struct BackwardPass {
     op: &'static str,
+    remaking: Remaking,
     gradients: SmallVec<[Option<Tensor>; 2]>,
     saved: SmallVec<[Saved; 6]>,
     targets: SmallVec<[Target; 6]>,
@@ -312,11 +384,19 @@ impl BackwardPass {
         self.gradients[0].take().expect("a node runs only if a gradient reached it")
     }
 
-    /// What forward saved, in order.
+    /// What forward saved, in order. What is made again is made once and lives until the op's backward
+    /// ends or takes it.
     pub fn saved(&self, index: usize) -> Result<Tensor> {
         match &self.saved[index] {
             Saved::Tensor(tensor) => Ok(tensor.clone()),
             Saved::Leaf(leaf) => leaf.fetch(),
+            Saved::Remake(remake, made) => match made.get() {
+                Some(tensor) => Ok(tensor.clone()),
+                None => {
+                    let tensor = remake.remake()?;
+                    Ok(made.get_or_init(|| tensor).clone())
+                }
+            },
             Saved::Taken => panic!("{} used a saved tensor after taking it", self.op),
         }
     }
@@ -366,14 +446,14 @@ pub fn apply(op: impl Op, inputs: &[&Tensor]) -> Result<Outputs> {
         }
         tape = Some(&track.tape);
     }
-    let leaves = inputs.iter().map(|input| leaf_of(input)).collect();
-    let needs = inputs.iter().map(|input| input.is_tracked()).collect();
-    let mut saver = Saver { recording: tape.is_some(), needs, leaves, saved: SmallVec::new() };
+    let mut saver = saver(tape, inputs);
     let mut outputs = op.forward(inputs, &mut saver)?;
     if let Some(tape) = tape {
         let mut values = SmallVec::new();
-        for output in &mut outputs {
-            let track = tape.track(Value::default());
+        for (index, output) in outputs.iter_mut().enumerate() {
+            let remake = saver.remade.iter().find(|(output, _)| *output == index);
+            let remake = remake.map(|(_, remake)| remake.clone());
+            let track = tape.track(Value { remake, ..Value::default() });
             values.push(track.value);
             output.track = Some(track);
         }
@@ -384,9 +464,30 @@ pub fn apply(op: impl Op, inputs: &[&Tensor]) -> Result<Outputs> {
     Ok(outputs)
 }
 
-fn leaf_of(tensor: &Tensor) -> Option<Arc<dyn Leaf>> {
-    let track = tensor.track.as_ref()?;
-    track.tape.state().values[track.value.0].leaf.clone()
+fn saver(tape: Option<&Tape>, inputs: &[&Tensor]) -> Saver {
+    let sources: SmallVec<[Source; 6]> = inputs.iter().map(|input| source_of(input)).collect();
+    let wanted = match (tape, inputs.first()) {
+        (Some(tape), Some(input)) => tape.state().remaking.applies(input.device()),
+        _ => false,
+    };
+    Saver {
+        recording: tape.is_some(),
+        remakes: wanted && !sources.iter().any(|source| matches!(source, Source::Leaf(_))),
+        needs: inputs.iter().map(|input| input.is_tracked()).collect(),
+        sources,
+        saved: SmallVec::new(),
+        remade: SmallVec::new(),
+    }
+}
+
+fn source_of(tensor: &Tensor) -> Source {
+    let Some(track) = &tensor.track else { return Source::Memory };
+    let state = track.tape.state();
+    match &state.values[track.value.0] {
+        Value { leaf: Some(leaf), .. } => Source::Leaf(leaf.clone()),
+        Value { remake: Some(remake), .. } => Source::Remake(remake.clone()),
+        _ => Source::Memory,
+    }
 }
 
 /// For operations without a gradient: an error if an input is tracked.
@@ -428,7 +529,7 @@ impl Op for Checkpoint {
     }
 
     fn backward(&self, pass: &mut BackwardPass) -> Result<()> {
-        let tape = Tape::new();
+        let tape = Tape::new().with_remaking(pass.remaking);
         let count = pass.targets.len();
         let inputs = (0..count)
             .map(|index| {

@@ -20,6 +20,8 @@ mod linear;
 mod linear_combination;
 #[path = "../src/ops/mse/tests.rs"]
 mod mse;
+#[path = "../src/ops/normal/tests.rs"]
+mod normal;
 #[path = "../src/ops/patches/tests.rs"]
 mod patches;
 #[path = "../src/ops/reduce/tests.rs"]

@@ -117,10 +117,10 @@ pub fn compute_dtype(recipe: &Recipe) -> DType {
 /// If there is no such device.
 pub fn device(recipe: &Recipe) -> Result<Device> {
     let device = Device::parse(&recipe.device, recipe.memory_limit.map(ByteSize::bytes))?;
-    // MERGE gemm: if let Device::Cuda(cuda) = &device {
-    //     cuda.set_tf32(recipe.train.precision == Precision::Tf32);
-    //     cuda.set_deterministic(recipe.train.deterministic);
-    // }
+    if let Device::Cuda(cuda) = &device {
+        cuda.set_tf32(recipe.train.precision == Precision::Tf32);
+        cuda.set_deterministic(recipe.train.deterministic);
+    }
     Ok(device)
 }
 

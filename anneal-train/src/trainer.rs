@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use anneal_data::{Cursor, Loader};
 use anneal_device::cuda::RepeatedWork;
-use anneal_diffusion::{Objective, TimeDensity, draw_label_drops, draw_noise, draw_timesteps};
+use anneal_diffusion::{Objective, TimeDensity, draw_label_drops, draw_timesteps};
 use anneal_models::dit::{Dit, DitConfig};
 use anneal_models::{Conditioning, Denoiser};
 use anneal_nn::{Forward, ParamStore, ResidentStore, StoreOptions};
@@ -195,7 +195,6 @@ impl Trainer {
         let dims = [rows.len(), shape[0], shape[1], shape[2]];
         let clean = Tensor::from_slice(&self.device, &images[rows.start * size..rows.end * size], &dims)?;
         let timesteps = draw_timesteps(self.objective.process(), self.density, seed, step, &samples)?;
-        let noise = draw_noise(&self.device, &shape, seed, step, &samples)?;
         let drops = draw_label_drops(dit.label_dropout, seed, step, &samples);
         let null = self.model.null_label();
         let labels: Vec<i64> = labels[rows.clone()]
@@ -204,7 +203,7 @@ impl Trainer {
             .map(|(label, drop)| if *drop { null } else { *label })
             .collect();
 
-        let noised = self.objective.noised(&clean, &noise, &timesteps)?;
+        let (noise, noised) = self.objective.draw_noised(&clean, &timesteps, seed, step, &samples)?;
         let model_timesteps: Vec<f32> = timesteps.iter().map(|timestep| *timestep as f32).collect();
         let tape = Tape::new();
         let forward =

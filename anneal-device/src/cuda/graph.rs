@@ -115,9 +115,18 @@ impl Mode {
     }
 }
 
+struct Executable(sys::CUgraphExec);
+
+impl Drop for Executable {
+    fn drop(&mut self) {
+        // SAFETY: made by the driver for this process; the driver finishes a running one first.
+        unsafe { sys::cuGraphExecDestroy(self.0) };
+    }
+}
+
 /// A captured step.
 pub struct Graph {
-    executable: sys::CUgraphExec,
+    executable: Executable,
     recording: Arc<Recording>,
     device: Arc<CudaDevice>,
 }
@@ -129,13 +138,6 @@ impl Graph {
     /// Number of launches inside.
     pub fn launches(&self) -> usize {
         self.recording.launches.len()
-    }
-}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        // SAFETY: made by `capture`; the driver finishes a running one first.
-        unsafe { sys::cuGraphExecDestroy(self.executable) };
     }
 }
 
@@ -204,6 +206,7 @@ impl CudaDevice {
             let message = "captured steps cannot be nested".into();
             return Err(DeviceError::Capture { message }.into());
         }
+        self.prepare_products();
         let relaxed = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream belongs to the current context.
         check("cuStreamBeginCapture", self.ordinal(), unsafe {
@@ -228,7 +231,7 @@ impl CudaDevice {
         Ok((value, graph))
     }
 
-    fn end_stream_capture(&self) -> Result<sys::CUgraphExec, DeviceError> {
+    fn end_stream_capture(&self) -> Result<Executable, DeviceError> {
         let (mut graph, mut executable) = (std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: the stream is being captured; the graph is not used after it was made executable.
         unsafe {
@@ -237,7 +240,7 @@ impl CudaDevice {
             sys::cuGraphDestroy(graph);
             check("cuGraphInstantiate", self.ordinal(), result)?;
         }
-        Ok(executable)
+        Ok(Executable(executable))
     }
 
     /// Runs a captured step with the inputs that `step` uploads now. What `step` returns lies where the
@@ -273,6 +276,8 @@ impl CudaDevice {
     fn start_graph(&self, graph: &Graph) -> Result<(), DeviceError> {
         self.count_launch();
         // SAFETY: the graph was made for this stream's context, and its memory is reserved.
-        check("cuGraphLaunch", self.ordinal(), unsafe { sys::cuGraphLaunch(graph.executable, self.stream()) })
+        check("cuGraphLaunch", self.ordinal(), unsafe {
+            sys::cuGraphLaunch(graph.executable.0, self.stream())
+        })
     }
 }

@@ -6,6 +6,7 @@
 //! the ring of pinned memory is full; each wait is counted.
 //! This is the only place that touches the CUDA bindings.
 
+mod blas;
 mod compiler;
 mod driver;
 mod graph;
@@ -23,6 +24,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use cudarc::driver::sys;
 
+pub use blas::{Epilogue, Operand, Output, Product};
 pub use compiler::{Macros, Source, Variant, cache_folder, compile, version as compiler_version};
 pub use driver::{Properties, device_count, properties};
 pub use graph::Graph;
@@ -57,6 +59,7 @@ pub struct CudaDevice {
     pinned: Mutex<Vec<Pinned>>,
     mode: Mutex<Mode>,
     profile: Mutex<Option<Profile>>,
+    products: blas::Products,
     launches: AtomicU64,
     waits: AtomicU64,
 }
@@ -92,6 +95,7 @@ impl CudaDevice {
             pinned: Mutex::default(),
             mode: Mutex::default(),
             profile: Mutex::default(),
+            products: blas::Products::default(),
             launches: AtomicU64::new(0),
             waits: AtomicU64::new(0),
         })

@@ -56,6 +56,64 @@ template <int N, typename T> __device__ __forceinline__ void store_pack(T *to, c
     *reinterpret_cast<Pack<T, N> *>(to) = pack;
 }
 
+// N elements as they lie in memory, in whole registers: for kernels that hold many at once and convert each where it
+// is used, which single elements of 16 bits would take twice the registers for.
+template <int BYTES> struct WordOf { typedef u32 Type; };
+template <> struct WordOf<2> { typedef u16 Type; };
+
+template <typename T> __device__ __forceinline__ float half_of_word(u32 word, int half);
+template <> __device__ __forceinline__ float half_of_word<float>(u32 word, int) { return __uint_as_float(word); }
+template <> __device__ __forceinline__ float half_of_word<bf16>(u32 word, int half) {
+    return __uint_as_float(half ? word & 0xffff0000u : word << 16);
+}
+template <> __device__ __forceinline__ float half_of_word<f16>(u32 word, int half) {
+    return to_float(f16{u16(half ? word >> 16 : word)});
+}
+
+template <typename T> __device__ __forceinline__ u32 word_of_pair(float low, float high);
+template <> __device__ __forceinline__ u32 word_of_pair<bf16>(float low, float high) {
+    u32 word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+template <> __device__ __forceinline__ u32 word_of_pair<f16>(float low, float high) {
+    u32 word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+
+template <typename T, int N> struct alignas(sizeof(T) * N) Held {
+    typedef typename WordOf<sizeof(T) * N>::Type Word;
+    Word words[sizeof(T) * N / sizeof(Word)];
+
+    __device__ __forceinline__ float operator[](int k) const {
+        return half_of_word<T>(words[k * sizeof(T) / sizeof(Word)], k * sizeof(T) / 2 % 2);
+    }
+};
+
+template <int N, typename T> __device__ __forceinline__ Held<T, N> hold(const T *from) {
+    return *reinterpret_cast<const Held<T, N> *>(from);
+}
+
+// Numbers rounded to T.
+template <typename T, int N> __device__ __forceinline__ Held<T, N> rounded(const float (&from)[N]) {
+    Held<T, N> to;
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (int k = 0; k < N; ++k) to.words[k] = __float_as_uint(from[k]);
+    } else if constexpr (N == 1) {
+        to.words[0] = from_float<T>(from[0]).bits;
+    } else {
+#pragma unroll
+        for (int k = 0; k < N; k += 2) to.words[k / 2] = word_of_pair<T>(from[k], from[k + 1]);
+    }
+    return to;
+}
+
+template <int N, typename T> __device__ __forceinline__ void store_held(T *to, const Held<T, N> &held) {
+    *reinterpret_cast<Held<T, N> *>(to) = held;
+}
+
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);

@@ -18,6 +18,7 @@ mod lanes;
 mod linear;
 mod linear_combination;
 mod mse;
+mod normal;
 mod patches;
 mod reduce;
 mod reshape;
@@ -38,6 +39,7 @@ pub use gate_residual::gate_residual;
 pub use linear::{Activation, linear};
 pub use linear_combination::{linear_combination, linear_combination_per_sample};
 pub use mse::mse;
+pub use normal::{noised, normal_rows};
 pub use patches::{patchify, unpatchify};
 pub use reduce::{max, mean, sum};
 pub use reshape::{concat, narrow, permute, reshape, split};
@@ -52,8 +54,24 @@ use crate::{Outputs, Tensor};
 
 /// The kernels of every op; each `cuda.rs` names its own.
 pub(crate) fn kernel_variants() -> Vec<Variant> {
-    let all: [fn() -> Vec<Variant>; 1] = [cast::cuda::variants];
-    all.into_iter().flat_map(|of_op| of_op()).collect()
+    let all: &[fn() -> Vec<Variant>] = &[
+        binary::cuda::variants,
+        cast::cuda::variants,
+        copy::cuda::variants,
+        diffusion_loss::cuda::variants,
+        gate_residual::cuda::variants,
+        linear::cuda::variants,
+        linear_combination::cuda::variants,
+        mse::cuda::variants,
+        normal::cuda::variants,
+        reduce::cuda::variants,
+        row_blocks::cuda::variants,
+        row_index::cuda::variants,
+        row_norm::cuda::variants,
+        softmax::cuda::variants,
+        unary::cuda::variants,
+    ];
+    all.iter().flat_map(|of_op| of_op()).collect()
 }
 
 /// The only output of an op that has one.

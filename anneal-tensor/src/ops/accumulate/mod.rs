@@ -3,7 +3,9 @@
 //! Not an op of the tape: backward itself uses it where a value has several consumers.
 
 mod cpu;
+mod cuda;
 
+use super::binary;
 use crate::{DType, Result, Sink, Tensor, TensorError};
 use anneal_device::Device;
 
@@ -24,7 +26,7 @@ pub(crate) fn add_owned(a: Tensor, b: Tensor) -> Result<Tensor> {
     }
     match a.device().clone() {
         Device::Cpu(cpu) => cpu::add_assign(&cpu.pool, &mut a, &b)?,
-        Device::Cuda(_) => return Err(TensorError::unsupported_device("accumulate")),
+        Device::Cuda(cuda) => binary::cuda::sum(&cuda, &a, &b, &a)?,
     }
     Ok(a)
 }
@@ -38,6 +40,6 @@ pub(crate) fn into_sink(op: &'static str, mut sink: Sink, gradient: &Tensor) -> 
     let gradient = gradient.contiguous()?;
     match gradient.device().clone() {
         Device::Cpu(cpu) => cpu::into_f32(&cpu.pool, &mut sink.gradient, &gradient, sink.accumulate),
-        Device::Cuda(_) => return Err(TensorError::unsupported_device("accumulate")),
+        Device::Cuda(cuda) => cuda::into_f32(&cuda, &sink.gradient, &gradient, sink.accumulate),
     }
 }

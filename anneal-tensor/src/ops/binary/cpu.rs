@@ -2,7 +2,7 @@ use anneal_device::ThreadPool;
 
 use super::table::{Function, Visitor};
 use crate::Tensor;
-use crate::ops::elementwise::map;
+use crate::ops::elementwise::cpu::map;
 
 pub(super) fn forward(pool: &ThreadPool, function: Function, operands: [&Tensor; 2], y: &Tensor) {
     function.visit(Forward { pool, operands, y });

@@ -5,6 +5,7 @@
 //! a repeated operand is summed over the repetitions, in f32 and in a fixed order.
 
 mod cpu;
+pub(super) mod cuda;
 mod table;
 
 use anneal_device::{Device, Purpose};
@@ -85,7 +86,7 @@ impl Binary {
         let out = Tensor::empty_for(gradient.device(), &self.sizes, dtype, purpose)?;
         match gradient.device() {
             Device::Cpu(cpu) => cpu::backward(&cpu.pool, self.function, operand, gradient, saved, &out),
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("binary")),
+            Device::Cuda(cuda) => cuda::backward(cuda, self.function, operand, gradient, saved, &out)?,
         }
         Ok(out)
     }
@@ -100,7 +101,7 @@ impl Op for Binary {
         let y = Tensor::empty(inputs[0].device(), &self.sizes, inputs[0].dtype())?;
         match y.device() {
             Device::Cpu(cpu) => cpu::forward(&cpu.pool, self.function, [inputs[0], inputs[1]], &y),
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("binary")),
+            Device::Cuda(cuda) => cuda::forward(cuda, self.function, [inputs[0], inputs[1]], &y)?,
         }
         if self.function.saves() {
             saver.input(0, inputs[0]);
@@ -124,12 +125,14 @@ impl Op for Binary {
             let local = self.local(operand, &gradient, saved, DType::F32, Purpose::Workspace)?;
             let sizes = &self.operands[operand];
             if let Some(mut target) = GradientTarget::new(pass, operand, gradient.device(), sizes)? {
+                let accumulate = target.accumulate;
                 match gradient.device() {
                     Device::Cpu(cpu) => {
-                        let accumulate = target.accumulate;
                         reduce::cpu::sum(&cpu.pool, &local, &flags, 1.0, &mut target.gradient, accumulate)?
                     }
-                    Device::Cuda(_) => return Err(TensorError::unsupported_device("binary")),
+                    Device::Cuda(cuda) => {
+                        reduce::cuda::sum(cuda, &local, &flags, 1.0, &target.gradient, accumulate)?
+                    }
                 }
                 target.give(pass, dtype)?;
             }

@@ -12,7 +12,7 @@ fn macros(from: DType, to: DType) -> Vec<(&'static str, String)> {
 }
 
 /// `output = input`, both contiguous.
-pub(super) fn convert(cuda: &CudaDevice, input: &Tensor, output: &Tensor) -> Result<()> {
+pub(in crate::ops) fn convert(cuda: &CudaDevice, input: &Tensor, output: &Tensor) -> Result<()> {
     let kernel = cuda.kernel(&SOURCE, "cast", &macros(input.dtype(), output.dtype()))?;
     let count = input.elements();
     let arguments = Arguments::new().with(input.address()).with(output.address()).with(count as i64);

@@ -3,6 +3,7 @@
 //! Not an op of the tape: layouts change in `reshape` and `concat`, whose backward is another copy.
 
 mod cpu;
+pub(super) mod cuda;
 
 use crate::{Result, Tensor, TensorError};
 use anneal_device::Device;
@@ -21,7 +22,7 @@ pub(crate) fn strided(source: &Tensor, target: &Tensor) -> Result<()> {
             4 => cpu::strided::<u32>(&cpu.pool, source, target),
             _ => cpu::strided::<u64>(&cpu.pool, source, target),
         },
-        Device::Cuda(_) => return Err(TensorError::unsupported_device("copy")),
+        Device::Cuda(cuda) => cuda::strided(cuda, source, target)?,
     }
     Ok(())
 }

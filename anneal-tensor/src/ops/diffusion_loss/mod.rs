@@ -18,6 +18,7 @@
 //! equal numbers, and it costs nothing beside a model.
 
 mod cpu;
+pub(super) mod cuda;
 
 use crate::{BackwardPass, DType, Op, Outputs, Result, Saver, Tensor, TensorError, apply};
 use anneal_device::Device;
@@ -124,15 +125,21 @@ impl Op for Loss {
         let mut losses: Vec<Tensor> = (0..3)
             .map(|_| Tensor::empty(output.device(), &[self.rows.len()], DType::F32))
             .collect::<Result<_>>()?;
+        let mut table = None;
         match output.device() {
             Device::Cpu(cpu) => {
                 cpu::forward(&cpu.pool, &self.rows, [&output, &clean, &noise], &mut losses)?;
             }
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("diffusion_loss")),
+            Device::Cuda(cuda) => {
+                let rows = cuda::table(output.device(), &self.rows)?;
+                cuda::forward(cuda, &rows, [&output, &clean, &noise], &losses)?;
+                table = Some(rows);
+            }
         }
         saver.input(0, &output);
         saver.tensor(&clean);
         saver.tensor(&noise);
+        table.iter().for_each(|table| saver.tensor(table));
         Ok(losses.into_iter().collect())
     }
 
@@ -147,7 +154,10 @@ impl Op for Loss {
                 let inputs = [&output, &clean, &noise];
                 cpu::backward(&cpu.pool, &self.rows, inputs, &upstream, &mut gradient)?;
             }
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("diffusion_loss")),
+            Device::Cuda(cuda) => {
+                let (table, inputs) = (pass.take_saved(3)?, [&output, &clean, &noise]);
+                cuda::backward(cuda, &table, inputs, &upstream, &gradient)?;
+            }
         }
         pass.give(0, gradient)
     }

@@ -4,6 +4,7 @@
 //! Gradients, with `g` that of `y`: `dx = g`, `dbranch = gate * g`, `dgate = sum over rows of branch * g`.
 
 pub(super) mod cpu;
+pub(super) mod cuda;
 
 use anneal_device::Device;
 
@@ -79,6 +80,14 @@ pub(super) fn reuse(tensor: &Tensor) -> Result<Tensor> {
     Tensor::empty(tensor.device(), tensor.dims(), tensor.dtype())
 }
 
+/// The dtype in which sums over rows are written: a GPU's kernels round them as they do.
+pub(super) fn sum_dtype(device: &Device, vector: DType) -> DType {
+    match device {
+        Device::Cpu(_) => DType::F32,
+        Device::Cuda(_) => vector,
+    }
+}
+
 impl Op for GateResidual {
     fn name(&self) -> &'static str {
         "gate_residual"
@@ -90,11 +99,12 @@ impl Op for GateResidual {
         check_branch(self.name(), x, branch)?;
         let rows = vector(self.name(), "gate", gate, &[blocks.groups, blocks.width], x)?;
         let mut output = Tensor::empty(x.device(), x.dims(), x.dtype())?;
+        let (dense_x, dense_branch) = (x.contiguous()?, branch.contiguous()?);
         match x.device() {
             Device::Cpu(cpu) => {
-                cpu::forward(&cpu.pool, &blocks, &x.contiguous()?, &branch.contiguous()?, &rows, &mut output)?
+                cpu::forward(&cpu.pool, &blocks, &dense_x, &dense_branch, &rows, &mut output)?
             }
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("gate_residual")),
+            Device::Cuda(cuda) => cuda::forward(cuda, &blocks, [&dense_x, &dense_branch, &output], &rows)?,
         }
         saver.input(1, branch);
         saver.input(2, gate);
@@ -108,18 +118,22 @@ impl Op for GateResidual {
         let device = gradient.device().clone();
         let blocks = blocks_per_sample(self.name(), &gradient)?;
         let gate = vector(self.name(), "gate", &gate, &[blocks.groups, blocks.width], &gradient)?;
-        let sums = ColumnSums::new(&device, &blocks, 1)?;
         let dense = gradient.contiguous()?;
         let branch_gradient = reuse(&branch)?;
-        let mut gate_gradient = GradientTarget::new(pass, 2, &device, gate.dims())?;
+        let dtype = sum_dtype(&device, self.gate_dtype);
+        let mut gate_gradient = GradientTarget::of_dtype(pass, 2, &device, gate.dims(), dtype)?;
         match &device {
             Device::Cpu(cpu) => {
+                let sums = ColumnSums::new(&device, &blocks, 1)?;
                 cpu::backward(&cpu.pool, &blocks, &dense, &branch, &gate, &branch_gradient, &sums)?;
                 if let Some(target) = &mut gate_gradient {
                     sums.write(&cpu.pool, &blocks, 0, target);
                 }
             }
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("gate_residual")),
+            Device::Cuda(cuda) => {
+                let tensors = [&dense, &branch, &branch_gradient];
+                cuda::backward(cuda, &blocks, tensors, &gate, gate_gradient.as_ref())?;
+            }
         }
         pass.give(0, gradient)?;
         drop(branch);

@@ -4,9 +4,9 @@ use anneal_device::cpu::{ElementType, math, vectorize};
 
 use super::super::gradient_target::GradientTarget;
 use super::Activation;
+use super::matrix::{MatrixView, element_of};
 use crate::parallel::{ELEMENTS_PER_TASK, parts_mut};
-use crate::shape::reshape_strides;
-use crate::{DType, Float, Result, Tensor, TensorError, for_float};
+use crate::{Float, Result, Tensor, TensorError, for_float};
 
 /// `y = act(x W^T + b)`, and `x W^T + b` itself into `preactivation` if given.
 pub(in crate::ops) fn affine(
@@ -18,18 +18,22 @@ pub(in crate::ops) fn affine(
     preactivation: Option<&Tensor>,
     y: &Tensor,
 ) -> Result<()> {
-    let (x, rows) = matrix_of_rows(x)?;
-    let outputs = weight.size(0);
-    let (weight, _) = matrix_of_weight(weight)?;
+    let (x, weight) = (MatrixView::of_rows(x)?, MatrixView::of_weight(weight)?);
+    let bias = bias.map(MatrixView::of_rows).transpose()?;
     let preactivation = preactivation.map(matrix_to_write).transpose()?;
     let epilogue = match fused(activation) {
         None => Epilogue::None,
         Some(function) => Epilogue::Activation { function, preactivation },
     };
     let problem = Gemm {
-        bias: bias.map(|bias| Ok::<_, TensorError>(matrix_of_rows(bias)?.0.matrix)).transpose()?,
+        bias: bias.as_ref().map(matrix).transpose()?,
         epilogue,
-        ..Gemm::new((rows, outputs, x.columns), x.matrix, weight.matrix.transposed(), matrix_to_write(y)?)
+        ..Gemm::new(
+            (x.rows, weight.rows, x.columns),
+            matrix(&x)?,
+            matrix(&weight)?.transposed(),
+            matrix_to_write(y)?,
+        )
     };
     // SAFETY: the shapes were checked by the op, and y and the pre-activation are fresh memory.
     unsafe { gemm::gemm(pool, &problem) };
@@ -44,16 +48,20 @@ pub(in crate::ops) fn input_gradient(
     through: Option<(Activation, &Tensor)>,
     dx: &Tensor,
 ) -> Result<()> {
-    let (gradient, rows) = matrix_of_rows(gradient)?;
-    let (weight, inner) = matrix_of_weight(weight)?;
-    let epilogue = match through.and_then(|(activation, tensor)| Some((fused(activation)?, tensor))) {
+    let (gradient, weight) = (MatrixView::of_rows(gradient)?, MatrixView::of_weight(weight)?);
+    let through = through.and_then(|(activation, tensor)| Some((fused(activation)?, tensor)));
+    let through =
+        through.map(|(function, tensor)| Ok::<_, TensorError>((function, MatrixView::of_rows(tensor)?)));
+    let through = through.transpose()?;
+    let epilogue = match &through {
         None => Epilogue::None,
-        Some((function, tensor)) => {
-            Epilogue::ActivationBackward { function, preactivation: matrix_of_rows(tensor)?.0.matrix }
+        Some((function, view)) => {
+            Epilogue::ActivationBackward { function: *function, preactivation: matrix(view)? }
         }
     };
-    let shape = (rows, inner, gradient.columns);
-    let problem = Gemm { epilogue, ..Gemm::new(shape, gradient.matrix, weight.matrix, matrix_to_write(dx)?) };
+    let shape = (gradient.rows, weight.columns, gradient.columns);
+    let (a, b) = (matrix(&gradient)?, matrix(&weight)?);
+    let problem = Gemm { epilogue, ..Gemm::new(shape, a, b, matrix_to_write(dx)?) };
     // SAFETY: the shapes were checked in forward, and dx is fresh memory.
     unsafe { gemm::gemm(pool, &problem) };
     Ok(())
@@ -67,25 +75,26 @@ pub(super) fn parameter_gradients(
     weight: Option<&GradientTarget>,
     bias: Option<&GradientTarget>,
 ) -> Result<()> {
-    let (gradient, rows) = matrix_of_rows(gradient)?;
+    let view = MatrixView::of_rows(gradient)?;
+    let gradient = matrix(&view)?;
     match (weight, bias) {
         (Some(weight), bias) => {
-            let (x, _) = matrix_of_rows(x)?;
+            let x = MatrixView::of_rows(x)?;
             // SAFETY: a sink or fresh memory of [outputs, inner] and [outputs], written here alone.
             unsafe {
                 let c = MatrixMut::new(weight.gradient.pointer::<f32>().cast(), ElementType::F32, x.columns);
-                let shape = (gradient.columns, x.columns, rows);
+                let shape = (view.columns, x.columns, view.rows);
                 let row_sums = bias.map(|bias| RowSums::new(bias.gradient.pointer(), bias.accumulate));
-                let a = gradient.matrix.transposed();
+                let (a, b) = (gradient.transposed(), matrix(&x)?);
                 let accumulate = weight.accumulate;
-                gemm::gemm(pool, &Gemm { accumulate, row_sums, ..Gemm::new(shape, a, x.matrix, c) });
+                gemm::gemm(pool, &Gemm { accumulate, row_sums, ..Gemm::new(shape, a, b, c) });
             }
         }
         (None, Some(bias)) => {
             let mut target = bias.gradient.detach();
             // SAFETY: as above, and the matrix covers [rows, outputs].
             unsafe {
-                gemm::column_sums(pool, gradient.matrix, rows, target.shared_data_mut(), bias.accumulate);
+                gemm::column_sums(pool, gradient, view.rows, target.shared_data_mut(), bias.accumulate);
             }
         }
         (None, None) => {}
@@ -134,49 +143,16 @@ fn fused(activation: Activation) -> Option<gemm::Activation> {
     }
 }
 
-/// A tensor seen as a matrix; it holds the copy that a view without such strides needs.
-struct Operand {
-    matrix: Matrix<'static>,
-    columns: usize,
-    _memory: Tensor,
-}
-
-/// `[.., columns]` as `[rows, columns]`, and the number of rows.
-fn matrix_of_rows(tensor: &Tensor) -> Result<(Operand, usize)> {
-    let columns = tensor.size(tensor.rank() - 1);
-    let rows = tensor.elements() / columns.max(1);
-    Ok((operand(tensor, rows, columns)?, rows))
-}
-
-/// A weight `[outputs, ..]` as `[outputs, inner]`, and the inner size.
-fn matrix_of_weight(tensor: &Tensor) -> Result<(Operand, usize)> {
-    let inner = tensor.elements() / tensor.size(0).max(1);
-    Ok((operand(tensor, tensor.size(0), inner)?, inner))
-}
-
-fn operand(tensor: &Tensor, rows: usize, columns: usize) -> Result<Operand> {
-    let (memory, strides) = match reshape_strides(tensor.dims(), tensor.strides(), &[rows, columns]) {
-        Some(strides) => (tensor.detach(), strides),
-        None => (tensor.contiguous()?, crate::dims(&[columns, 1])),
-    };
-    let (pointer, element) = address(&memory)?;
-    // SAFETY: the operand keeps the memory alive, and the strides address it alone.
-    let matrix = unsafe { Matrix::new(pointer, element, strides[0], strides[1]) };
-    Ok(Operand { matrix, columns, _memory: memory })
+/// A view as an operand; the view keeps the memory.
+fn matrix(view: &MatrixView) -> Result<Matrix<'static>> {
+    let element = element_of(view.memory.dtype())?;
+    // SAFETY: the strides address the view's memory alone, which outlives the product.
+    Ok(unsafe { Matrix::new(view.memory.address(), element, view.strides[0], view.strides[1]) })
 }
 
 fn matrix_to_write(tensor: &Tensor) -> Result<MatrixMut<'static>> {
     assert!(tensor.is_contiguous(), "products are written to contiguous memory");
-    let (pointer, element) = address(tensor)?;
+    let (element, columns) = (element_of(tensor.dtype())?, tensor.size(tensor.rank() - 1));
     // SAFETY: the op that made the tensor holds it while the product runs.
-    Ok(unsafe { MatrixMut::new(pointer, element, tensor.size(tensor.rank() - 1)) })
-}
-
-fn address(tensor: &Tensor) -> Result<(*mut u8, ElementType)> {
-    Ok(match tensor.dtype() {
-        DType::F32 => (tensor.pointer::<f32>().cast(), ElementType::F32),
-        DType::BF16 => (tensor.pointer::<half::bf16>().cast(), ElementType::Bf16),
-        DType::F16 => (tensor.pointer::<half::f16>().cast(), ElementType::F16),
-        other => return Err(TensorError::unsupported_dtype("linear", other)),
-    })
+    Ok(unsafe { MatrixMut::new(tensor.address(), element, columns) })
 }

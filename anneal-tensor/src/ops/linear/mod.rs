@@ -1,13 +1,16 @@
 //! Linear layer with a fused activation: `y = act(x W^T + b)`.
 //!
 //! Gradients: with `g = dy * act'(x W^T + b)`, `dx = g W`, `dW = g^T x`, `db = sum of g over rows`.
-//! The last two come from one matrix product, which writes into a parameter's sink directly.
+//! They are written into a parameter's sink directly; on the CPU the last two come from one matrix product.
 
 pub(super) mod cpu;
+pub(super) mod cuda;
+mod matrix;
 
 use crate::{BackwardPass, Op, Outputs, Result, Saver, Tensor, TensorError, apply};
 use anneal_device::Device;
 
+use super::gate_residual::reuse;
 use super::gradient_target::GradientTarget;
 use super::{only, single};
 
@@ -79,7 +82,9 @@ impl Op for Linear {
             Device::Cpu(cpu) => {
                 cpu::affine(&cpu.pool, x, weight, bias, self.activation, preactivation.as_ref(), &y)?;
             }
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("linear")),
+            Device::Cuda(cuda) => {
+                cuda::affine(cuda, x, weight, bias, self.activation, preactivation.as_ref(), &y)?;
+            }
         }
         saver.input(0, x);
         saver.input(1, weight);
@@ -96,16 +101,11 @@ impl Op for Linear {
             gradient = through_activation(self.activation, gradient, &preactivation)?;
         }
         let bias = (pass.inputs() == 3).then_some(2);
-        let places = Places { saved_x: 0, saved_weight: 1, weight: 1, bias };
-        parameter_gradients(pass, &gradient, places)?;
+        let x = pass.saved(0)?;
+        parameter_gradients(pass, &gradient, &x, Places { saved_weight: 1, weight: 1, bias })?;
         if pass.needs(0) {
             let weight = pass.saved(1)?;
-            let dx = Tensor::empty(gradient.device(), pass.saved(0)?.dims(), gradient.dtype())?;
-            match gradient.device() {
-                Device::Cpu(cpu) => cpu::input_gradient(&cpu.pool, &gradient, &weight, None, &dx)?,
-                Device::Cuda(_) => return Err(TensorError::unsupported_device("linear")),
-            }
-            pass.give(0, dx)?;
+            pass.give(0, input_gradient(&gradient, &weight, x.dims())?)?;
         }
         Ok(())
     }
@@ -114,29 +114,48 @@ impl Op for Linear {
 /// `dy * act'(preactivation)`, in the gradient's own memory where nobody else holds it.
 fn through_activation(activation: Activation, gradient: Tensor, preactivation: &Tensor) -> Result<Tensor> {
     let mut gradient = gradient;
-    if !gradient.is_unique() {
-        let copy = Tensor::empty(gradient.device(), gradient.dims(), gradient.dtype())?;
-        super::copy::strided(&gradient, &copy)?;
-        gradient = copy;
-    }
     match gradient.device().clone() {
-        Device::Cpu(cpu) => cpu::activation_backward(&cpu.pool, activation, &mut gradient, preactivation)?,
-        Device::Cuda(_) => return Err(TensorError::unsupported_device("linear")),
+        Device::Cpu(cpu) => {
+            if !gradient.is_unique() {
+                let copy = Tensor::empty(gradient.device(), gradient.dims(), gradient.dtype())?;
+                super::copy::strided(&gradient, &copy)?;
+                gradient = copy;
+            }
+            cpu::activation_backward(&cpu.pool, activation, &mut gradient, preactivation)?;
+            Ok(gradient)
+        }
+        Device::Cuda(cuda) => {
+            let target = reuse(&gradient)?;
+            cuda::activation_backward(&cuda, activation, &gradient, preactivation, &target)?;
+            Ok(target)
+        }
     }
-    Ok(gradient)
+}
+
+/// `dx = g W` of these sizes.
+pub(super) fn input_gradient(gradient: &Tensor, weight: &Tensor, sizes: &[usize]) -> Result<Tensor> {
+    let dx = Tensor::empty(gradient.device(), sizes, gradient.dtype())?;
+    match gradient.device() {
+        Device::Cpu(cpu) => cpu::input_gradient(&cpu.pool, gradient, weight, None, &dx)?,
+        Device::Cuda(cuda) => cuda::input_gradient(cuda, gradient, weight, &dx)?,
+    }
+    Ok(dx)
 }
 
 /// The places of a linear layer's tensors among what its op saved and got.
 pub(super) struct Places {
-    pub saved_x: usize,
     pub saved_weight: usize,
     pub weight: usize,
     pub bias: Option<usize>,
 }
 
 /// `dW = g^T x` and `db = sum of g`, where they are needed.
-pub(super) fn parameter_gradients(pass: &mut BackwardPass, gradient: &Tensor, places: Places) -> Result<()> {
-    let x = pass.saved(places.saved_x)?;
+pub(super) fn parameter_gradients(
+    pass: &mut BackwardPass,
+    gradient: &Tensor,
+    x: &Tensor,
+    places: Places,
+) -> Result<()> {
     let dims = pass.saved(places.saved_weight)?.dims().to_vec();
     let device = gradient.device();
     let weight = GradientTarget::new(pass, places.weight, device, &dims)?;
@@ -145,10 +164,8 @@ pub(super) fn parameter_gradients(pass: &mut BackwardPass, gradient: &Tensor, pl
         None => None,
     };
     match gradient.device() {
-        Device::Cpu(cpu) => {
-            cpu::parameter_gradients(&cpu.pool, gradient, &x, weight.as_ref(), bias.as_ref())?
-        }
-        Device::Cuda(_) => return Err(TensorError::unsupported_device("linear")),
+        Device::Cpu(cpu) => cpu::parameter_gradients(&cpu.pool, gradient, x, weight.as_ref(), bias.as_ref())?,
+        Device::Cuda(cuda) => cuda::parameter_gradients(cuda, gradient, x, weight.as_ref(), bias.as_ref())?,
     }
     for target in [weight, bias].into_iter().flatten() {
         target.give(pass, gradient.dtype())?;

@@ -10,7 +10,7 @@ const CHUNK: usize = 1024;
 pub(super) fn sum(
     pool: &ThreadPool,
     coefficients: &[&[f32]],
-    tensors: &[Tensor],
+    tensors: &[&Tensor],
     output: &mut Tensor,
 ) -> Result<()> {
     let per_sample = (output.elements() / coefficients[0].len().max(1)).max(1);

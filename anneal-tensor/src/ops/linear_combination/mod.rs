@@ -4,6 +4,7 @@
 //! Terms are added in the order given, in f32. Gradient: `dx_k = coefficient_k * g`.
 
 mod cpu;
+pub(super) mod cuda;
 
 use anneal_device::Device;
 
@@ -12,13 +13,15 @@ use super::{only, single};
 use crate::{BackwardPass, Op, Outputs, Result, Saver, Tensor, TensorError, apply};
 
 /// The sum of `coefficient * tensor`; all tensors of one shape and float dtype, which the result has.
+/// In a captured step of a GPU the coefficients must be constants.
 ///
 /// # Errors
-/// If there are no terms, or shapes or dtypes differ.
+/// If there are no terms (on a GPU: or more than 16), or shapes or dtypes differ.
 pub fn linear_combination(terms: &[(f32, &Tensor)]) -> Result<Tensor> {
     let op = Combination {
         name: "linear_combination",
         coefficients: terms.iter().map(|term| vec![term.0]).collect(),
+        by_sample: false,
     };
     let tensors: Vec<&Tensor> = terms.iter().map(|term| term.1).collect();
     combined(op, &tensors)
@@ -37,7 +40,8 @@ pub fn linear_combination_per_sample(terms: &[(&[f32], &Tensor)]) -> Result<Tens
             return Err(TensorError::shape(name, message));
         }
     }
-    let op = Combination { name, coefficients: terms.iter().map(|term| term.0.to_vec()).collect() };
+    let coefficients = terms.iter().map(|term| term.0.to_vec()).collect();
+    let op = Combination { name, coefficients, by_sample: true };
     let tensors: Vec<&Tensor> = terms.iter().map(|term| term.1).collect();
     combined(op, &tensors)
 }
@@ -58,14 +62,35 @@ struct Combination {
     name: &'static str,
     /// For each term: one number, or one a sample.
     coefficients: Vec<Vec<f32>>,
+    by_sample: bool,
 }
 
-fn sum(coefficients: &[&[f32]], tensors: &[Tensor]) -> Result<Tensor> {
+impl Combination {
+    /// The coefficients of samples where a GPU reads them, [terms, b]: they change from step to step.
+    fn table(&self, device: &Device) -> Result<Option<Tensor>> {
+        match device {
+            Device::Cuda(_) if self.by_sample => {
+                let sizes = [self.coefficients.len(), self.coefficients[0].len()];
+                Tensor::from_slice(device, &self.coefficients.concat(), &sizes).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+}
+
+fn sum(coefficients: &[&[f32]], table: Option<&Tensor>, tensors: &[&Tensor]) -> Result<Tensor> {
     let first = &tensors[0];
     let mut output = Tensor::empty(first.device(), first.dims(), first.dtype())?;
     match first.device() {
         Device::Cpu(cpu) => cpu::sum(&cpu.pool, coefficients, tensors, &mut output)?,
-        Device::Cuda(_) => return Err(TensorError::unsupported_device("linear_combination")),
+        Device::Cuda(cuda) => {
+            let numbers: Vec<f32> = coefficients.iter().filter_map(|list| list.first().copied()).collect();
+            let coefficients = match table {
+                Some(table) => cuda::Coefficients::Table(table),
+                None => cuda::Coefficients::Numbers(&numbers),
+            };
+            cuda::sum(cuda, coefficients, tensors, &output)?;
+        }
     }
     Ok(output)
 }
@@ -75,17 +100,24 @@ impl Op for Combination {
         self.name
     }
 
-    fn forward(&self, inputs: &[&Tensor], _saver: &mut Saver) -> Result<Outputs> {
+    fn forward(&self, inputs: &[&Tensor], saver: &mut Saver) -> Result<Outputs> {
         let dense = inputs.iter().map(|input| input.contiguous()).collect::<Result<Vec<Tensor>>>()?;
         let coefficients: Vec<&[f32]> = self.coefficients.iter().map(|list| &list[..]).collect();
-        sum(&coefficients, &dense).map(single)
+        let table = self.table(dense[0].device())?;
+        table.iter().for_each(|table| saver.tensor(table));
+        sum(&coefficients, table.as_ref(), &dense.iter().collect::<Vec<&Tensor>>()).map(single)
     }
 
     fn backward(&self, pass: &mut BackwardPass) -> Result<()> {
-        let gradient = [pass.only_gradient().contiguous()?];
+        let gradient = pass.only_gradient().contiguous()?;
+        let on_device = self.by_sample && matches!(gradient.device(), Device::Cuda(_));
+        let table = if on_device { Some(pass.take_saved(0)?) } else { None };
         for (input, coefficients) in self.coefficients.iter().enumerate() {
             if pass.needs(input) {
-                pass.give(input, sum(&[coefficients], &gradient)?)?;
+                let samples = coefficients.len();
+                let row =
+                    table.as_ref().map(|table| table.piece(input * samples, &[1, samples])).transpose()?;
+                pass.give(input, sum(&[coefficients], row.as_ref(), &[&gradient])?)?;
             }
         }
         Ok(())

@@ -1,7 +1,7 @@
 use anneal_device::ThreadPool;
 use anneal_device::cpu::vectorize;
 
-use crate::ops::elementwise::map;
+use crate::ops::elementwise::cpu::map;
 use crate::ops::{lanes, scratch};
 use crate::parallel::{ELEMENTS_PER_TASK, Shared};
 use crate::{Float, Result, Tensor, for_float};
@@ -59,24 +59,18 @@ fn squares<P: Float, T: Float>(prediction: &[P], target: &[T]) -> f32 {
     })
 }
 
-/// `sign * 2/n * g[b] * (prediction - target)`
+/// `factor * g[b] * (prediction - target)`; `gradient` has the rank of the prediction.
 pub(super) fn backward(
     pool: &ThreadPool,
     gradient: &Tensor,
     prediction: &Tensor,
     target: &Tensor,
-    sign: f32,
+    factor: f32,
     dx: &Tensor,
 ) {
-    let samples = prediction.size(0);
-    let factor = sign * 2.0 * samples as f32 / prediction.elements() as f32;
-    let mut sizes = vec![1; prediction.rank()];
-    let mut strides = sizes.clone();
-    (sizes[0], strides[0]) = (samples, gradient.strides()[0]);
-    let gradient = gradient.view(0, &sizes, &strides);
     map(
         pool,
-        [&gradient, prediction, target],
+        [gradient, prediction, target],
         dx,
         #[inline(always)]
         move |[g, p, t]| factor * g * (p - t),

@@ -3,6 +3,7 @@
 //! Gradients, with `g` that of `y`: `dprediction = 2/n g[b] (prediction - target)`, `dtarget` its negative.
 
 mod cpu;
+pub(super) mod cuda;
 
 use anneal_device::Device;
 
@@ -41,7 +42,9 @@ impl Op for MeanSquaredError {
             Device::Cpu(cpu) => {
                 cpu::forward(&cpu.pool, &prediction.contiguous()?, &target.contiguous()?, &mut output)?
             }
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("mse")),
+            Device::Cuda(cuda) => {
+                cuda::forward(cuda, &prediction.contiguous()?, &target.contiguous()?, &output)?
+            }
         }
         saver.input(0, prediction);
         saver.input(1, target);
@@ -51,14 +54,20 @@ impl Op for MeanSquaredError {
     fn backward(&self, pass: &mut BackwardPass) -> Result<()> {
         let gradient = pass.only_gradient();
         let (prediction, target) = (pass.take_saved(0)?, pass.take_saved(1)?);
+        let samples = prediction.size(0);
+        let mut sizes = vec![1; prediction.rank()];
+        let mut strides = sizes.clone();
+        (sizes[0], strides[0]) = (samples, gradient.strides()[0]);
+        let gradient = gradient.view(0, &sizes, &strides);
         for (input, sign) in [(0, 1.0), (1, -1.0)] {
             if !pass.needs(input) {
                 continue;
             }
             let dx = Tensor::empty(prediction.device(), prediction.dims(), self.dtypes[input])?;
+            let factor = sign * 2.0 * samples as f32 / prediction.elements() as f32;
             match gradient.device() {
-                Device::Cpu(cpu) => cpu::backward(&cpu.pool, &gradient, &prediction, &target, sign, &dx),
-                Device::Cuda(_) => return Err(TensorError::unsupported_device("mse")),
+                Device::Cpu(cpu) => cpu::backward(&cpu.pool, &gradient, &prediction, &target, factor, &dx),
+                Device::Cuda(cuda) => cuda::backward(cuda, &gradient, &prediction, &target, factor, &dx)?,
             }
             pass.give(input, dx)?;
         }

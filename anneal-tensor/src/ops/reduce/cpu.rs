@@ -1,8 +1,8 @@
 use anneal_device::cpu::vectorize;
 use anneal_device::{Purpose, ThreadPool};
-use smallvec::SmallVec;
 
-use crate::ops::elementwise::map;
+use super::Axes;
+use crate::ops::elementwise::cpu::map;
 use crate::ops::row_blocks::RowBlocks;
 use crate::ops::{lanes, scratch};
 use crate::parallel::{ELEMENTS_PER_TASK, Shared};
@@ -57,64 +57,47 @@ pub(super) fn max(pool: &ThreadPool, x: &Tensor, flags: &[bool], out: &mut Tenso
 
 /// How a reduction walks memory: groups of runs, each group giving one number or a row of them.
 struct Plan {
-    /// Sizes and strides of the outer dimensions that stay and that go.
-    kept: SmallVec<[(usize, usize); 6]>,
-    gone: SmallVec<[(usize, usize); 6]>,
-    /// The innermost dimension, the length of the pieces it is cut into, and whether it goes.
-    inner: usize,
+    axes: Axes,
+    /// The length of the pieces that the innermost dimension is cut into.
     piece: usize,
-    inner_goes: bool,
 }
 
 impl Plan {
     fn new(sizes: &[usize], flags: &[bool]) -> Self {
-        let mut axes: SmallVec<[(usize, bool); 6]> = SmallVec::new();
-        for (&size, &flag) in sizes.iter().zip(flags).filter(|(size, _)| **size != 1) {
-            match axes.last_mut() {
-                Some((last, goes)) if *goes == flag => *last *= size,
-                _ => axes.push((size, flag)),
-            }
-        }
-        let (inner, inner_goes) = axes.pop().unwrap_or((1, false));
-        let piece = inner.min(if inner_goes { PIECE } else { COLUMNS }).max(1);
-        let mut plan = Self { kept: SmallVec::new(), gone: SmallVec::new(), inner, piece, inner_goes };
-        let mut stride = inner;
-        for (size, goes) in axes.into_iter().rev() {
-            if goes { &mut plan.gone } else { &mut plan.kept }.push((size, stride));
-            stride *= size;
-        }
-        plan
+        let axes = Axes::new(sizes, flags);
+        let piece = axes.inner.min(if axes.inner_goes { PIECE } else { COLUMNS }).max(1);
+        Self { axes, piece }
     }
 
     fn pieces(&self) -> usize {
-        self.inner.div_ceil(self.piece)
+        self.axes.inner.div_ceil(self.piece)
     }
 
     /// Groups that give a number or a row each, and runs of each group.
     fn counts(&self) -> (usize, usize) {
-        let product = |axes: &[(usize, usize)]| axes.iter().map(|axis| axis.0).product::<usize>();
-        let (kept, gone) = (product(&self.kept), product(&self.gone));
-        if self.inner_goes { (kept, gone * self.pieces()) } else { (kept * self.pieces(), gone) }
+        let (kept, gone) = self.axes.counts();
+        if self.axes.inner_goes { (kept, gone * self.pieces()) } else { (kept * self.pieces(), gone) }
     }
 
     /// The memory of one run.
     fn run(&self, group: usize, run: usize) -> std::ops::Range<usize> {
         let pieces = self.pieces();
-        let (group, run, piece) = match self.inner_goes {
+        let (group, run, piece) = match self.axes.inner_goes {
             true => (group, run / pieces, run % pieces),
             false => (group / pieces, run, group % pieces),
         };
-        let start = offset(&self.kept, group) + offset(&self.gone, run);
-        start + piece * self.piece..start + self.inner.min((piece + 1) * self.piece)
+        let start = offset(&self.axes.kept, group) + offset(&self.axes.gone, run);
+        start + piece * self.piece..start + self.axes.inner.min((piece + 1) * self.piece)
     }
 
     /// The part of the output that a group gives.
     fn output(&self, group: usize) -> std::ops::Range<usize> {
-        if self.inner_goes {
+        if self.axes.inner_goes {
             return group..group + 1;
         }
         let (row, piece) = (group / self.pieces(), group % self.pieces());
-        row * self.inner + piece * self.piece..row * self.inner + self.inner.min((piece + 1) * self.piece)
+        let inner = self.axes.inner;
+        row * inner + piece * self.piece..row * inner + inner.min((piece + 1) * self.piece)
     }
 }
 
@@ -141,7 +124,7 @@ fn reduce<C: Combine>(
     let plan = Plan::new(x.dims(), flags);
     let (groups, runs) = plan.counts();
     let blocks = RowBlocks::new(groups, runs, plan.piece);
-    let width = if plan.inner_goes { 1 } else { plan.piece };
+    let width = if plan.axes.inner_goes { 1 } else { plan.piece };
     let sizes = [blocks.count(), width];
     let partial = Tensor::empty_for(x.device(), &sizes, DType::F32, Purpose::Workspace)?;
     let shared = Shared::new(partial.pointer::<f32>());
@@ -154,7 +137,7 @@ fn reduce<C: Combine>(
             let first = block.first - block.group * runs;
             for run in first..first + block.rows {
                 let values = &x[plan.run(block.group, run)];
-                match plan.inner_goes {
+                match plan.axes.inner_goes {
                     true => result[0] = C::combine(result[0], along::<T, C>(values)),
                     false => across::<T, C>(result, values),
                 }

@@ -5,12 +5,13 @@
 //! equally among the elements that equal it; each broadcast over the dimensions that went.
 
 pub(super) mod cpu;
+pub(super) mod cuda;
 
 use anneal_device::{Device, Purpose};
 use smallvec::SmallVec;
 
 use super::elementwise::check_float;
-use super::{cast, only, single};
+use super::{cast, only, single, unary};
 use crate::{BackwardPass, DType, Dims, Op, Outputs, Result, Saver, Tensor, TensorError, apply, dims};
 
 /// The sum over `axes`; with `keep` they stay as dimensions of size one.
@@ -75,6 +76,43 @@ struct Reduce {
     dtype: DType,
 }
 
+/// The dimensions of a contiguous tensor as a reduction walks them: neighbours that both stay or both go
+/// are one.
+struct Axes {
+    /// Sizes and strides of the outer dimensions that stay and that go, innermost first.
+    kept: SmallVec<[(usize, usize); 6]>,
+    gone: SmallVec<[(usize, usize); 6]>,
+    /// The innermost dimension, and whether it goes.
+    inner: usize,
+    inner_goes: bool,
+}
+
+impl Axes {
+    fn new(sizes: &[usize], flags: &[bool]) -> Self {
+        let mut merged: SmallVec<[(usize, bool); 6]> = SmallVec::new();
+        for (&size, &flag) in sizes.iter().zip(flags).filter(|(size, _)| **size != 1) {
+            match merged.last_mut() {
+                Some((last, goes)) if *goes == flag => *last *= size,
+                _ => merged.push((size, flag)),
+            }
+        }
+        let (inner, inner_goes) = merged.pop().unwrap_or((1, false));
+        let mut axes = Self { kept: SmallVec::new(), gone: SmallVec::new(), inner, inner_goes };
+        let mut stride = inner;
+        for (size, goes) in merged.into_iter().rev() {
+            if goes { &mut axes.gone } else { &mut axes.kept }.push((size, stride));
+            stride *= size;
+        }
+        axes
+    }
+
+    /// Elements of the outer dimensions that stay and that go.
+    fn counts(&self) -> (usize, usize) {
+        let product = |axes: &[(usize, usize)]| axes.iter().map(|axis| axis.0).product();
+        (product(&self.kept), product(&self.gone))
+    }
+}
+
 impl Reduce {
     /// The sizes of the result with each reduced dimension at one.
     fn kept_sizes(&self) -> Dims {
@@ -96,7 +134,10 @@ impl Reduce {
                 cpu::equal(&cpu.pool, x, y, &equal);
                 cpu::sum(&cpu.pool, &equal, &self.flags, 1.0, &mut count, false)?;
             }
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("reduce")),
+            Device::Cuda(cuda) => {
+                cuda::equal(cuda, x, y, &equal)?;
+                cuda::sum(cuda, &equal, &self.flags, 1.0, &count, false)?;
+            }
         }
         Ok(count)
     }
@@ -115,7 +156,10 @@ impl Op for Reduce {
                 cpu::sum(&cpu.pool, &x, &self.flags, self.factor, &mut y, false)?
             }
             (Device::Cpu(cpu), Kind::Max) => cpu::max(&cpu.pool, &x, &self.flags, &mut y)?,
-            (Device::Cuda(_), _) => return Err(TensorError::unsupported_device("reduce")),
+            (Device::Cuda(cuda), Kind::Sum { .. }) => {
+                cuda::sum(cuda, &x, &self.flags, self.factor, &y, false)?
+            }
+            (Device::Cuda(cuda), Kind::Max) => cuda::max(cuda, &x, &self.flags, &y)?,
         }
         if self.kind == Kind::Max {
             saver.input(0, inputs[0]);
@@ -129,12 +173,18 @@ impl Op for Reduce {
         let dx = Tensor::empty(gradient.device(), &self.from, self.dtype)?;
         match (self.kind, gradient.device()) {
             (Kind::Sum { .. }, Device::Cpu(cpu)) => cpu::expand(&cpu.pool, &gradient, self.factor, &dx),
-            (Kind::Max, Device::Cpu(cpu)) => {
+            (Kind::Sum { .. }, Device::Cuda(cuda)) => {
+                unary::cuda::scaled(cuda, &gradient, self.factor, &dx)?;
+            }
+            (Kind::Max, device) => {
                 let (x, y) = (pass.take_saved(0)?, pass.take_saved(1)?);
                 let ties = self.ties(&x, &y)?;
-                cpu::share(&cpu.pool, &gradient, [&x, &y, &ties], &dx);
+                let of = [&x, &y, &ties];
+                match device {
+                    Device::Cpu(cpu) => cpu::share(&cpu.pool, &gradient, of, &dx),
+                    Device::Cuda(cuda) => cuda::share(cuda, &gradient, of, &dx)?,
+                }
             }
-            (_, Device::Cuda(_)) => return Err(TensorError::unsupported_device("reduce")),
         }
         pass.give(0, dx)
     }

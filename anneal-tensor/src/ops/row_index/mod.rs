@@ -2,8 +2,12 @@
 //!
 //! Picking `y[k] = x[index[k]]` and placing `y[index[k]] += x[k]` are each other's gradient. Rows
 //! placed at one index are added up in the order of `k`, so repeated indices are deterministic.
+//! On a GPU the indices are not looked at before the kernel runs, because that would wait for the device: whoever
+//! uploads them checks them on the host. An index outside picks a row of NaN there, which no later step
+//! takes for a result, and is ignored where rows are placed.
 
 mod cpu;
+pub(super) mod cuda;
 
 use anneal_device::Device;
 
@@ -14,7 +18,7 @@ use crate::{BackwardPass, DType, Dims, Op, Outputs, Result, Saver, Tensor, Tenso
 /// Rows of `table` `[v, d]` at `ids` i64 `[..]`: `[.., d]` in the table's dtype.
 ///
 /// # Errors
-/// If an id is not in `0..v` (the message names it), or a shape or dtype does not fit.
+/// If an id is not in `0..v` (the message names it; on a GPU a row of NaN instead), or a shape or dtype does not fit.
 pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let [rows, width] = table.shape("embedding")?;
     Ok(only(apply(Pick::new("embedding", table, [1, rows, width]), &[table, ids])?))
@@ -23,7 +27,7 @@ pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
 /// Row `index[b, k]` of each sample: `x` `[b, n, d]`, `index` i64 `[b, k]`, result `[b, k, d]`.
 ///
 /// # Errors
-/// If an index is not in `0..n` (the message names it), or a shape or dtype does not fit.
+/// If an index is not in `0..n` (the message names it; on a GPU a row of NaN instead), or a shape or dtype does not fit.
 pub fn gather_rows(x: &Tensor, index: &Tensor) -> Result<Tensor> {
     let sizes = x.shape("gather_rows")?;
     check_index("gather_rows", x, index)?;
@@ -34,7 +38,7 @@ pub fn gather_rows(x: &Tensor, index: &Tensor) -> Result<Tensor> {
 /// rows named twice are sums. `x` `[b, k, d]`, `index` i64 `[b, k]`, result `[b, n, d]`.
 ///
 /// # Errors
-/// If an index is not in `0..n` (the message names it), or a shape or dtype does not fit.
+/// If an index is not in `0..n` (the message names it; on a GPU its row is left out instead), or a shape or dtype does not fit.
 pub fn scatter_rows(x: &Tensor, index: &Tensor, n: usize) -> Result<Tensor> {
     x.shape::<3>("scatter_rows")?;
     check_index("scatter_rows", x, index)?;
@@ -56,7 +60,7 @@ fn check_index(op: &'static str, x: &Tensor, index: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// The indices in row-major order, all within `0..rows`.
+/// The indices in row-major order, all within `0..rows` as far as the host can see them.
 fn checked(op: &'static str, index: &Tensor, rows: usize) -> Result<Tensor> {
     if index.dtype() != DType::I64 {
         return Err(TensorError::DType {
@@ -67,7 +71,7 @@ fn checked(op: &'static str, index: &Tensor, rows: usize) -> Result<Tensor> {
     let index = index.contiguous()?;
     let outside = match index.device() {
         Device::Cpu(_) => index.data::<i64>().iter().position(|id| !(0..rows as i64).contains(id)),
-        Device::Cuda(_) => return Err(TensorError::unsupported_device("row_index")),
+        Device::Cuda(_) => None,
     };
     match outside {
         None => Ok(index),
@@ -86,7 +90,7 @@ fn picked(x: &Tensor, index: &Tensor, sizes: [usize; 3]) -> Result<Tensor> {
     let mut output = Tensor::empty(x.device(), &output_sizes, x.dtype())?;
     match x.device() {
         Device::Cpu(cpu) => cpu::pick(&cpu.pool, &x.contiguous()?, index, sizes, &mut output)?,
-        Device::Cuda(_) => return Err(TensorError::unsupported_device("row_index")),
+        Device::Cuda(cuda) => cuda::pick(cuda, &x.contiguous()?, index, sizes, &output)?,
     }
     Ok(output)
 }
@@ -126,7 +130,9 @@ impl Op for Pick {
             Device::Cpu(cpu) => {
                 cpu::place(&cpu.pool, &gradient, &index, self.sizes, &mut target.gradient, target.accumulate)?
             }
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("row_index")),
+            Device::Cuda(cuda) => {
+                cuda::place(cuda, &gradient, &index, self.sizes, &target.gradient, target.accumulate)?
+            }
         }
         target.give(pass, self.dtype)
     }
@@ -150,7 +156,7 @@ impl Op for Place {
             Device::Cpu(cpu) => {
                 cpu::place(&cpu.pool, &x, &index, [groups, self.rows, width], &mut output, false)?
             }
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("row_index")),
+            Device::Cuda(cuda) => cuda::place(cuda, &x, &index, [groups, self.rows, width], &output, false)?,
         }
         saver.tensor(&index);
         cast(&output, x.dtype()).map(single)

@@ -1,40 +1,12 @@
 use anneal_device::ThreadPool;
 use anneal_device::cpu::vectorize;
 
-use super::{RowNorm, Vectors};
+use super::{Again, Backward, Forward, RowNorm, Vectors};
 use crate::ops::gate_residual::cpu::{add_gated, load};
-use crate::ops::row_blocks::{Block, ColumnSums, RowBlocks};
+use crate::ops::row_blocks::{Block, ColumnSums};
 use crate::ops::{lanes, scratch};
 use crate::parallel::Shared;
 use crate::{Float, Result, Tensor, for_float};
-
-pub(super) struct Forward<'a> {
-    pub blocks: &'a RowBlocks,
-    pub x: &'a Tensor,
-    pub vectors: &'a Vectors,
-    /// The branch, and where `x + gate * branch` goes.
-    pub gated: Option<(&'a Tensor, &'a Tensor)>,
-    pub output: &'a Tensor,
-    /// Mean and rstd of each row, `[rows, 2]`.
-    pub statistics: Option<&'a Tensor>,
-}
-
-pub(super) struct Backward<'a> {
-    pub blocks: &'a RowBlocks,
-    /// The rows that were normalised.
-    pub z: &'a Tensor,
-    pub statistics: &'a Tensor,
-    pub vectors: &'a Vectors,
-    /// The gradient of the normalised rows, and that of `z` as an output.
-    pub gradient: &'a Tensor,
-    pub sum_gradient: Option<&'a Tensor>,
-    /// May lie in the memory of either gradient.
-    pub z_gradient: &'a Tensor,
-    /// The branch and its gradient, which may lie in the memory of `gradient`.
-    pub branch: Option<(&'a Tensor, &'a Tensor)>,
-    /// Of scale, shift and gate.
-    pub sums: &'a ColumnSums,
-}
 
 /// Mean (zero if the rows are not centred) and reciprocal deviation.
 #[inline(always)]
@@ -77,10 +49,7 @@ pub(super) fn forward(pool: &ThreadPool, op: &RowNorm, job: &Forward) -> Result<
                     let z = lanes::in_f32(z, wide);
                     let [mean, rstd] = statistics(z, op);
                     let out = unsafe { output.slice(range.start, width) };
-                    let terms = z.iter().zip(&*multiplier).zip(&*shift);
-                    for (out, ((z, multiplier), shift)) in out.iter_mut().zip(terms) {
-                        *out = T::from_f32((z - mean) * rstd * multiplier + shift);
-                    }
+                    normalize([mean, rstd], z, multiplier, shift, out);
                     if let Some(stored) = stored {
                         unsafe { stored.slice(2 * row, 2) }.copy_from_slice(&[mean, rstd]);
                     }
@@ -91,16 +60,48 @@ pub(super) fn forward(pool: &ThreadPool, op: &RowNorm, job: &Forward) -> Result<
     })
 }
 
-pub(super) fn backward(pool: &ThreadPool, op: &RowNorm, job: &Backward) -> Result<()> {
+/// `y` of a row.
+#[inline(always)]
+fn normalize<T: Float>([mean, rstd]: [f32; 2], z: &[f32], multiplier: &[f32], shift: &[f32], out: &mut [T]) {
+    let terms = z.iter().zip(multiplier).zip(shift);
+    for (out, ((z, multiplier), shift)) in out.iter_mut().zip(terms) {
+        *out = T::from_f32((z - mean) * rstd * multiplier + shift);
+    }
+}
+
+/// The `y` that [`forward`] computed, bit for bit.
+pub(super) fn again(pool: &ThreadPool, name: &'static str, job: &Again) -> Result<()> {
+    for_float!(name, job.z.dtype(), T => {
+        let (z, width) = (job.z.data::<T>(), job.blocks.width);
+        let statistics = job.statistics.data::<f32>();
+        let output = Shared::new(job.output.pointer::<T>());
+        job.blocks.run(pool, |block| scratch::rows(width, |[multiplier, shift, wide]| {
+            load_multiplier(job.vectors, block.group, multiplier);
+            load(job.vectors.shift.as_ref(), block.group, shift);
+            vectorize(#[inline(always)] || {
+                for row in block.first..block.first + block.rows {
+                    let z = lanes::in_f32(&z[row * width..(row + 1) * width], wide);
+                    // SAFETY: each row is in one block.
+                    let out = unsafe { output.slice(row * width, width) };
+                    normalize([statistics[2 * row], statistics[2 * row + 1]], z, multiplier, shift, out);
+                }
+            });
+        }));
+        Ok(())
+    })
+}
+
+/// Writes the gradients, and the blocks' sums for those of scale, shift and gate.
+pub(super) fn backward(pool: &ThreadPool, op: &RowNorm, job: &Backward, sums: &ColumnSums) -> Result<()> {
     for_float!(op.name, job.z.dtype(), T => {
-        job.blocks.run(pool, |block| backward_block::<T>(op, job, block));
+        job.blocks.run(pool, |block| backward_block::<T>(op, job, sums, block));
         Ok(())
     })
 }
 
 /// Each row is read whole into f32 rows before anything is written, so that the results may
 /// take the memory of the gradients.
-fn backward_block<T: Float>(op: &RowNorm, job: &Backward, block: Block) {
+fn backward_block<T: Float>(op: &RowNorm, job: &Backward, sums: &ColumnSums, block: Block) {
     let width = job.blocks.width;
     let z = job.z.data::<T>();
     let statistics = job.statistics.data::<f32>();
@@ -109,7 +110,7 @@ fn backward_block<T: Float>(op: &RowNorm, job: &Backward, block: Block) {
     let sum_gradient = job.sum_gradient.map(shared);
     let branch = job.branch.map(|(branch, gradient)| (branch.data::<T>(), shared(gradient)));
     // SAFETY: each block is worked on once.
-    let [scale_sum, shift_sum, gate_sum] = unsafe { job.sums.zeroed(block) };
+    let [scale_sum, shift_sum, gate_sum] = unsafe { sums.zeroed(block) };
     scratch::rows(width, |[multiplier, gate, wide, p]| {
         load_multiplier(job.vectors, block.group, multiplier);
         load(job.vectors.gate.as_ref(), block.group, gate);

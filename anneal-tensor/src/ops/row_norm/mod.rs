@@ -9,8 +9,8 @@
 //! - `gate_residual_layer_norm_modulate`: `z = x + gate * branch` first, in the same pass over memory.
 //!
 //! `rstd = 1 / sqrt(variance + eps)` with the biased variance, taken in two passes over the row
-//! while it is in cache. Statistics and sums are in f32. Saved are the rows `z`, mean and rstd of
-//! each, and the vectors.
+//! while it is at hand. Statistics and sums are in f32. Saved are the rows `z`, mean and rstd of
+//! each, and the vectors; `y` can be made again from these.
 //!
 //! Gradients, with `g` that of `y`, `p = g * multiplier` and means over the row:
 //! `dz = rstd * (p - mean(p) - n * mean(p * n))` (without `mean(p)` for `rms_norm`) plus the gradient of
@@ -18,14 +18,17 @@
 //! sample; `dx = dz`, `dbranch = gate * dz`, `dgate = sum of branch * dz`.
 
 mod cpu;
+pub(super) mod cuda;
 
 use anneal_device::Device;
 
-use super::gate_residual::{blocks_per_sample, check_branch, reuse, vector};
+use super::gate_residual::{blocks_per_sample, check_branch, reuse, sum_dtype, vector};
 use super::gradient_target::GradientTarget;
 use super::only;
 use super::row_blocks::{ColumnSums, RowBlocks};
-use crate::{BackwardPass, DType, Dims, Op, Outputs, Result, Saver, Tensor, TensorError, apply, dims};
+use crate::{
+    BackwardPass, DType, Dims, Op, Outputs, Remake, Result, Saver, Tensor, TensorError, apply, dims,
+};
 
 /// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension of `x` `[.., d]`,
 /// `weight` and `bias` `[d]`.
@@ -100,6 +103,68 @@ struct RowNorm {
     eps: f32,
 }
 
+/// What the forward kernels work on; all but the vectors contiguous.
+struct Forward<'a> {
+    blocks: &'a RowBlocks,
+    x: &'a Tensor,
+    vectors: &'a Vectors,
+    /// The branch, and where `x + gate * branch` goes.
+    gated: Option<(&'a Tensor, &'a Tensor)>,
+    output: &'a Tensor,
+    /// Mean and rstd of each row, `[rows, 2]`.
+    statistics: Option<&'a Tensor>,
+}
+
+/// What makes the normalised rows again.
+struct Again<'a> {
+    blocks: &'a RowBlocks,
+    z: &'a Tensor,
+    statistics: &'a Tensor,
+    vectors: &'a Vectors,
+    output: &'a Tensor,
+}
+
+/// What the backward kernels work on; all but the vectors contiguous.
+struct Backward<'a> {
+    blocks: &'a RowBlocks,
+    /// The rows that were normalised.
+    z: &'a Tensor,
+    statistics: &'a Tensor,
+    vectors: &'a Vectors,
+    /// The gradient of the normalised rows, and that of `z` as an output.
+    gradient: &'a Tensor,
+    sum_gradient: Option<&'a Tensor>,
+    /// May lie in the memory of either gradient.
+    z_gradient: &'a Tensor,
+    /// The branch and its gradient, which may lie in the memory of `gradient`.
+    branch: Option<(&'a Tensor, &'a Tensor)>,
+}
+
+/// The normalised rows, to be made again in backward.
+struct Normal {
+    name: &'static str,
+    z: Tensor,
+    statistics: Tensor,
+    vectors: Vectors,
+    groups: usize,
+}
+
+impl Remake for Normal {
+    fn remake(&self) -> Result<Tensor> {
+        let (z, width) = (&self.z, self.z.size(self.z.rank() - 1));
+        let rows = self.statistics.size(0) / self.groups;
+        let blocks = RowBlocks::new(self.groups, rows, width);
+        let output = Tensor::empty(z.device(), z.dims(), z.dtype())?;
+        let (statistics, vectors) = (&self.statistics, &self.vectors);
+        let job = Again { blocks: &blocks, z, statistics, vectors, output: &output };
+        match z.device() {
+            Device::Cpu(cpu) => cpu::again(&cpu.pool, self.name, &job)?,
+            Device::Cuda(cuda) => cuda::again(cuda, &job)?,
+        }
+        Ok(output)
+    }
+}
+
 /// The vectors of a call, each `[d]` or one row per group.
 struct Vectors {
     scale: Option<Tensor>,
@@ -107,6 +172,15 @@ struct Vectors {
     gate: Option<Tensor>,
     /// Added to the scale (or standing alone) to give the multiplier.
     base: f32,
+}
+
+impl Vectors {
+    /// The dtype of those that are there, if it is one.
+    fn common_dtype(&self) -> Option<DType> {
+        let mut dtypes = [&self.scale, &self.shift, &self.gate].into_iter().flatten().map(Tensor::dtype);
+        let first = dtypes.next()?;
+        dtypes.all(|dtype| dtype == first).then_some(first)
+    }
 }
 
 impl RowNorm {
@@ -169,6 +243,13 @@ impl RowNorm {
 }
 
 impl RowNorm {
+    /// The dtype of all vectors, f32 if theirs differ.
+    fn sum_dtype(&self) -> DType {
+        let mut dtypes = [self.scale, self.shift, self.gate].into_iter().flatten();
+        let first = dtypes.next().unwrap_or(DType::F32);
+        if dtypes.all(|dtype| dtype == first) { first } else { DType::F32 }
+    }
+
     /// Where the gradients of scale, shift and gate go.
     fn vector_targets(
         &self,
@@ -177,9 +258,10 @@ impl RowNorm {
         device: &Device,
     ) -> Result<[Option<GradientTarget>; 3]> {
         let sizes = self.vector_sizes(blocks);
+        let dtype = sum_dtype(device, self.sum_dtype());
         let [scale, shift, gate] = self.vector_inputs();
         let target = |input: Option<usize>| match input {
-            Some(input) => GradientTarget::new(pass, input, device, &sizes),
+            Some(input) => GradientTarget::of_dtype(pass, input, device, &sizes, dtype),
             None => Ok(None),
         };
         Ok([target(scale)?, target(shift)?, target(gate)?])
@@ -206,9 +288,10 @@ impl Op for RowNorm {
             statistics = Some(Tensor::empty(x.device(), &[blocks.groups * blocks.rows, 2], DType::F32)?);
         }
         let output = like_x()?;
-        let job = cpu::Forward {
+        let dense = x.contiguous()?;
+        let job = Forward {
             blocks: &blocks,
-            x: &x.contiguous()?,
+            x: &dense,
             vectors: &vectors,
             gated: branch.as_ref().zip(sum.as_ref()),
             output: &output,
@@ -216,7 +299,7 @@ impl Op for RowNorm {
         };
         match x.device() {
             Device::Cpu(cpu) => cpu::forward(&cpu.pool, self, &job)?,
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("row_norm")),
+            Device::Cuda(cuda) => cuda::forward(cuda, self, &job)?,
         }
         match &sum {
             Some(sum) => saver.tensor(sum),
@@ -225,9 +308,14 @@ impl Op for RowNorm {
         if let Some(statistics) = &statistics {
             saver.tensor(statistics);
         }
-        // The shift's values are not needed again.
+        // The shift's values are not needed for gradients.
         for index in (1..inputs.len()).filter(|index| Some(*index) != positions[1]) {
             saver.input(index, inputs[index]);
+        }
+        if let Some(statistics) = statistics.filter(|_| saver.remakes()) {
+            let z = sum.as_ref().unwrap_or(&dense).detach();
+            let normal = Normal { name: self.name, z, statistics, vectors, groups: blocks.groups };
+            saver.remake(usize::from(self.gated()), normal);
         }
         Ok(sum.into_iter().chain([output]).collect())
     }
@@ -253,9 +341,8 @@ impl Op for RowNorm {
             (Some(_), Some(sum)) => (reuse(sum)?, Some(reuse(&gradient)?)),
             (Some(_), None) => (Tensor::empty(z.device(), z.dims(), z.dtype())?, Some(reuse(&gradient)?)),
         };
-        let sums = ColumnSums::new(z.device(), &blocks, 3)?;
         let mut targets = self.vector_targets(pass, &blocks, z.device())?;
-        let job = cpu::Backward {
+        let job = Backward {
             blocks: &blocks,
             z: &z,
             statistics: &statistics,
@@ -264,18 +351,18 @@ impl Op for RowNorm {
             sum_gradient: sum_gradient.as_ref(),
             z_gradient: &z_gradient,
             branch: branch.as_ref().zip(branch_gradient.as_ref()),
-            sums: &sums,
         };
         match z.device() {
             Device::Cpu(cpu) => {
-                cpu::backward(&cpu.pool, self, &job)?;
+                let sums = ColumnSums::new(z.device(), &blocks, 3)?;
+                cpu::backward(&cpu.pool, self, &job, &sums)?;
                 for (which, target) in targets.iter_mut().enumerate() {
                     if let Some(target) = target {
                         sums.write(&cpu.pool, &blocks, which, target);
                     }
                 }
             }
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("row_norm")),
+            Device::Cuda(cuda) => cuda::backward(cuda, self, &job, targets.each_ref().map(Option::as_ref))?,
         }
         drop((gradient, sum_gradient));
         pass.give(0, z_gradient)?;

@@ -1,5 +1,12 @@
-use anneal_tensor::{DType, Device, Result, Tape, Tensor, ops};
-use anneal_testkit::{Array, check_op};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use anneal_tensor::ops::Activation;
+use anneal_tensor::{
+    BackwardPass, DType, Device, Leaf, Op, Outputs, Purpose, Remake, Remaking, Result, Saver, Sink, Tape,
+    Tensor, apply, checkpoint, ops,
+};
+use anneal_testkit::{Array, check_op, on_every_device};
 
 const EPS: f64 = 1e-6;
 
@@ -33,7 +40,7 @@ fn modulated(z: &Array, shift: &Array, scale: &Array) -> Array {
 
 #[test]
 fn layer_norm_with_and_without_its_vectors() {
-    for dims in [&[3, 5, 17][..], &[4, 33], &[2, 1, 2, 67]] {
+    for dims in [&[3, 5, 17][..], &[4, 33], &[2, 1, 2, 67], &[3, 72]] {
         let width = *dims.last().unwrap();
         let vectors = [Array::normal(2, &[width]), Array::normal(3, &[width])];
         let inputs = [Array::normal(1, dims), vectors[0].clone(), vectors[1].clone()];
@@ -78,7 +85,7 @@ fn rms_norm_with_and_without_weight() {
 
 #[test]
 fn layer_norm_modulate_by_sample() {
-    for (dims, seed) in [([3, 5, 17], 1), ([2, 3, 65], 11)] {
+    for (dims, seed) in [([3, 5, 17], 1), ([2, 3, 65], 11), ([2, 1, 37], 21), ([2, 6, 24], 31)] {
         let vector = |seed| Array::normal(seed, &[dims[0], dims[2]]);
         check_op(
             "layer_norm_modulate",
@@ -109,7 +116,8 @@ fn gated_inputs(dims: [usize; 3]) -> [Array; 5] {
 
 #[test]
 fn the_gated_residual_and_the_norm_in_one_pass() {
-    for dims in [[3, 5, 17], [2, 3, 65]] {
+    // A GPU works on up to four rows at a time, and takes one, two, four or eight elements together.
+    for dims in [[3, 5, 17], [2, 3, 65], [2, 1, 16], [2, 5, 20], [1, 2, 42]] {
         check_op("gate_residual_layer_norm_modulate", &gated_inputs(dims), gated, gated_reference);
     }
 }
@@ -126,39 +134,234 @@ fn either_output_may_go_unused() {
     }
 }
 
+fn tensor(device: &Device, array: &Array, dtype: DType) -> Tensor {
+    let values: Vec<f32> = array.values.iter().map(|value| *value as f32).collect();
+    ops::cast(&Tensor::from_slice(device, &values, &array.dims).unwrap(), dtype).unwrap()
+}
+
+fn values(tensor: &Tensor) -> Vec<f32> {
+    ops::cast(&tensor.detach(), DType::F32).unwrap().to_vec().unwrap()
+}
+
+/// Outputs of the fused op and the gradients of its inputs, for these gradients of both outputs.
+fn outputs_and_gradients(inputs: &[Tensor], seeds: [&Tensor; 2]) -> Vec<Vec<f32>> {
+    let tape = Tape::new();
+    let variables: Vec<Tensor> = inputs.iter().map(|input| tape.variable(input)).collect();
+    let outputs = gated(&variables).unwrap();
+    let seeds = outputs.iter().cloned().zip(seeds.map(Tensor::clone)).collect();
+    tape.backward_from(seeds).unwrap();
+    let gradients = variables.iter().map(|variable| tape.take_gradient(variable).unwrap());
+    outputs.iter().cloned().chain(gradients).map(|tensor| values(&tensor)).collect()
+}
+
 /// Several blocks a group and several groups a task, against the same rows one sample at a time.
 #[test]
 fn large_and_many_groups_equal_their_parts() {
-    let device = Device::cpu(Some(3), None);
-    for dims in [[2, 300, 256], [70, 2, 33]] {
-        let arrays = gated_inputs(dims);
-        let tensor = |array: &Array| {
-            let values: Vec<f32> = array.values.iter().map(|value| *value as f32).collect();
-            Tensor::from_slice(&device, &values, &array.dims).unwrap()
-        };
-        let whole: Vec<Tensor> = arrays.iter().map(tensor).collect();
-        let run = |inputs: &[Tensor]| {
-            let tape = Tape::new();
-            let variables: Vec<Tensor> = inputs.iter().map(|input| tape.variable(input)).collect();
-            let outputs = gated(&variables).unwrap();
-            let seeds =
-                outputs.iter().map(|output| (output.clone(), inputs[0].contiguous().unwrap())).collect();
-            tape.backward_from(seeds).unwrap();
-            let gradients = variables.iter().map(|variable| tape.take_gradient(variable).unwrap());
-            outputs.iter().map(Tensor::detach).chain(gradients).collect::<Vec<Tensor>>()
-        };
-        let all = run(&whole);
-        for sample in [0, dims[0] - 1] {
-            let part: Vec<Tensor> =
-                whole.iter().map(|input| ops::narrow(input, 0, sample, 1).unwrap()).collect();
-            for (all, part) in all.iter().zip(run(&part)) {
-                let all = ops::narrow(all, 0, sample, 1).unwrap().to_vec::<f32>().unwrap();
-                for (a, b) in all.iter().zip(part.to_vec::<f32>().unwrap()) {
-                    assert!((a - b).abs() <= 1e-4 * b.abs().max(1.0), "{a} {b}");
+    on_every_device("large_and_many_groups_equal_their_parts", |device| {
+        for dims in [[2, 300, 256], [70, 2, 33]] {
+            let whole = gated_inputs(dims).map(|array| tensor(device, &array, DType::F32));
+            let all = outputs_and_gradients(&whole, [&whole[0], &whole[0]]);
+            for sample in [0, dims[0] - 1] {
+                let part: Vec<Tensor> =
+                    whole.iter().map(|input| ops::narrow(input, 0, sample, 1).unwrap()).collect();
+                for (all, part) in all.iter().zip(outputs_and_gradients(&part, [&part[0], &part[0]])) {
+                    let all = &all[sample * part.len()..][..part.len()];
+                    for (a, b) in all.iter().zip(part) {
+                        assert!((a - b).abs() <= 1e-4 * b.abs().max(1.0), "{a} {b}");
+                    }
                 }
             }
         }
+    });
+}
+
+/// Widths of models, and others that a GPU cuts in other ways, with more rows than fit a run evenly and
+/// with vectors that are columns of one wider tensor; against the formulas in f64.
+#[test]
+fn rows_of_every_width_with_vectors_from_one_tensor() {
+    on_every_device("rows_of_every_width_with_vectors_from_one_tensor", |device| {
+        for dims in [[3, 21, 1152], [2, 37, 384], [2, 18, 768], [2, 33, 37], [3, 5, 1000], [1, 3, 9000]] {
+            for dtype in [DType::F32, DType::BF16] {
+                let [b, _, d] = dims;
+                let arrays =
+                    [Array::normal(1, &dims), Array::normal(2, &dims), Array::normal(3, &[b, 5 * d])];
+                let [x, branch, modulation] = arrays.each_ref().map(|array| tensor(device, array, dtype));
+                let vector = |index| ops::narrow(&modulation, 1, index * d, d).unwrap();
+                let inputs = [x, branch, vector(4), vector(0), vector(2)];
+                let seeds = [7, 8].map(|seed| tensor(device, &Array::normal(seed, &dims), dtype));
+                let got = outputs_and_gradients(&inputs, seeds.each_ref());
+                let exact = |tensor: &Tensor| {
+                    Array::new(tensor.dims(), values(tensor).into_iter().map(f64::from).collect())
+                };
+                let wide = inputs.each_ref().map(exact);
+                let expected = analytic(&wide, &seeds.each_ref().map(exact));
+                let limit = if dtype == DType::F32 { 2e-5 } else { 1e-2 };
+                for (index, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                    let scale = expected.values.iter().fold(1.0f64, |scale, value| scale.max(value.abs()));
+                    for (a, b) in got.iter().zip(&expected.values) {
+                        let error = (f64::from(*a) - b).abs() / scale;
+                        assert!(error <= limit, "{dims:?} {dtype}, result {index}: {a} for {b}");
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Both outputs, and the gradients by the formulas in the op's head.
+fn analytic(x: &[Array; 5], [direct, incoming]: &[Array; 2]) -> Vec<Array> {
+    let [_, branch, gate, _, scale] = x;
+    let outputs = gated_reference(x);
+    let (n, width) = (normalised(&outputs[0], true), gate.dims[1]);
+    let rows = n.values.len() / width;
+    let per_sample = rows / gate.dims[0];
+    let mut dz = Array::zeros(&n.dims);
+    let mut dbranch = Array::zeros(&n.dims);
+    let [mut dgate, mut dshift, mut dscale] = [(); 3].map(|()| Array::zeros(&gate.dims));
+    for row in 0..rows {
+        let (range, sample) = (row * width..(row + 1) * width, row / per_sample);
+        let (z, n) = (&outputs[0].values[range.clone()], &n.values[range.clone()]);
+        let mean = z.iter().sum::<f64>() / width as f64;
+        let variance = z.iter().map(|z| (z - mean).powi(2)).sum::<f64>() / width as f64;
+        let g = &incoming.values[range.clone()];
+        let p: Vec<f64> = g.iter().enumerate().map(|(d, g)| g * (1.0 + scale.at(&[sample, d]))).collect();
+        let mean_p = p.iter().sum::<f64>() / width as f64;
+        let slope = p.iter().zip(n).map(|(p, n)| p * n).sum::<f64>() / width as f64;
+        for d in 0..width {
+            let at = row * width + d;
+            let through = (p[d] - mean_p - n[d] * slope) / (variance + EPS).sqrt();
+            dz.values[at] = through + direct.values[at];
+            dbranch.values[at] = gate.at(&[sample, d]) * dz.values[at];
+            *dgate.at_mut(&[sample, d]) += branch.values[at] * dz.values[at];
+            *dshift.at_mut(&[sample, d]) += g[d];
+            *dscale.at_mut(&[sample, d]) += g[d] * n[d];
+        }
     }
+    outputs.into_iter().chain([dz, dbranch, dgate, dshift, dscale]).collect()
+}
+
+struct Weight {
+    value: Tensor,
+    gradient: Tensor,
+}
+
+impl Leaf for Weight {
+    fn fetch(&self) -> Result<Tensor> {
+        Ok(self.value.clone())
+    }
+    fn sink(&self) -> Result<Sink> {
+        Ok(Sink { gradient: self.gradient.clone(), accumulate: false })
+    }
+}
+
+fn weight(tape: &Tape, device: &Device, seed: u64, sizes: &[usize]) -> (Tensor, Tensor) {
+    let value = tensor(device, &Array::normal(seed, sizes), DType::F32);
+    let gradient = Tensor::zeros(device, sizes, DType::F32).unwrap();
+    (tape.leaf(Arc::new(Weight { value, gradient: gradient.clone() })).unwrap(), gradient)
+}
+
+const PART: [usize; 3] = [4, 16, 64];
+
+/// Two parts of a block whose products save the norms' outputs.
+fn block(t: &[Tensor]) -> Result<Vec<Tensor>> {
+    let [x, shift, scale, gate, weight, affine] = t else { panic!("six inputs") };
+    let normed = ops::layer_norm_modulate(x, shift, scale, EPS as f32)?;
+    let branch = ops::linear(&normed, weight, None, Activation::None)?;
+    drop(normed);
+    let (sum, normed) = ops::gate_residual_layer_norm_modulate(x, &branch, gate, shift, scale, EPS as f32)?;
+    drop(branch);
+    let branch = ops::linear(&normed, weight, None, Activation::None)?;
+    drop(normed);
+    // Its weight is a parameter, so its output is kept.
+    let normed = ops::layer_norm(&branch, Some(affine), None, EPS as f32)?;
+    Ok(vec![sum, ops::linear(&normed, weight, None, Activation::None)?])
+}
+
+/// All results of a block, and the bytes of activations that it keeps for backward.
+fn run_block(device: &Device, remaking: Remaking, checkpointed: bool) -> (Vec<Vec<f32>>, usize) {
+    let tape = Tape::new().with_remaking(remaking);
+    let [b, _, d] = PART;
+    let (weight, weight_gradient) = weight(&tape, device, 5, &[d, d]);
+    let (affine, affine_gradient) = self::weight(&tape, device, 6, &[d]);
+    let arrays = [Array::normal(1, &PART), Array::normal(2, &[b, d]), Array::normal(3, &[b, d])];
+    let gate = Array::normal(4, &[b, d]);
+    let variables: Vec<Tensor> =
+        arrays.iter().chain([&gate]).map(|array| tape.variable(&tensor(device, array, DType::F32))).collect();
+    let inputs: Vec<Tensor> = variables.iter().cloned().chain([weight, affine]).collect();
+    let seed = tensor(device, &Array::normal(9, &PART), DType::F32);
+    let activations = Purpose::ALL.iter().position(|purpose| *purpose == Purpose::Activations).unwrap();
+    let before = device.memory().in_use[activations];
+    let outputs: Outputs = match checkpointed {
+        true => checkpoint(&inputs.iter().collect::<Vec<_>>(), |_, inputs| block(inputs)).unwrap(),
+        false => block(&inputs).unwrap().into_iter().collect(),
+    };
+    let kept = device.memory().in_use[activations] - before;
+    let mut results: Vec<Vec<f32>> = outputs.iter().map(values).collect();
+    tape.backward_from(outputs.into_iter().map(|output| (output, seed.clone())).collect()).unwrap();
+    let gradients = variables.iter().map(|variable| tape.take_gradient(variable).unwrap());
+    results.extend(gradients.chain([weight_gradient, affine_gradient]).map(|gradient| values(&gradient)));
+    (results, kept)
+}
+
+#[test]
+fn outputs_made_again_give_the_same_gradients_in_less_memory() {
+    on_every_device("outputs_made_again_give_the_same_gradients_in_less_memory", |device| {
+        let (expected, kept) = run_block(device, Remaking::Never, false);
+        let (results, kept_less) = run_block(device, Remaking::Always, false);
+        assert_eq!(results, expected);
+        let of_norm = PART.iter().product::<usize>() * 4;
+        assert_eq!(kept - kept_less, 2 * of_norm, "two of the three norms' outputs are not kept");
+        let default_keeps = if matches!(device, Device::Cpu(_)) { kept } else { kept_less };
+        assert_eq!(run_block(device, Remaking::default(), false).1, default_keeps);
+        for remaking in [Remaking::Never, Remaking::Always] {
+            assert_eq!(run_block(device, remaking, true).0, expected, "checkpointed");
+        }
+    });
+}
+
+/// Passes its input on, and can make it again; counts how often it does.
+struct Counted {
+    made: Arc<AtomicUsize>,
+}
+
+struct Copied(Tensor, Arc<AtomicUsize>);
+
+impl Remake for Copied {
+    fn remake(&self) -> Result<Tensor> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        Ok(self.0.clone())
+    }
+}
+
+impl Op for Counted {
+    fn name(&self) -> &'static str {
+        "counted"
+    }
+    fn forward(&self, inputs: &[&Tensor], saver: &mut Saver) -> Result<Outputs> {
+        assert!(saver.remakes());
+        saver.remake(0, Copied(inputs[0].detach(), self.made.clone()));
+        Ok([inputs[0].detach()].into_iter().collect())
+    }
+    fn backward(&self, pass: &mut BackwardPass) -> Result<()> {
+        let gradient = pass.only_gradient();
+        pass.give(0, gradient)
+    }
+}
+
+#[test]
+fn a_product_has_its_input_made_again_once() {
+    let device = Device::cpu(Some(1), None);
+    let tape = Tape::new().with_remaking(Remaking::Always);
+    let made = Arc::new(AtomicUsize::new(0));
+    let x = tape.variable(&tensor(&device, &Array::normal(1, &[3, 4]), DType::F32));
+    let x = apply(Counted { made: made.clone() }, &[&x]).unwrap().pop().unwrap();
+    let (weight, _) = weight(&tape, &device, 2, &[4, 4]);
+    let y = ops::linear(&x, &weight, None, Activation::None).unwrap();
+    let seed = y.detach();
+    tape.backward_from(vec![(y, seed)]).unwrap();
+    assert_eq!(made.load(Ordering::Relaxed), 1);
+    let alive = Arc::strong_count(&made);
+    assert_eq!(alive, 1, "what could make it again is gone with its op");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! Gradient, with `g` that of `y`: `dx = y * (g - sum of g * y)`. A row that is -infinity throughout is NaN.
 
 mod cpu;
+pub(super) mod cuda;
 
 use anneal_device::Device;
 
@@ -41,7 +42,7 @@ impl Op for Softmax {
         let mut y = Tensor::empty(x.device(), x.dims(), x.dtype())?;
         match x.device() {
             Device::Cpu(cpu) => cpu::forward(&cpu.pool, &blocks, &x, &mut y)?,
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("softmax")),
+            Device::Cuda(cuda) => cuda::forward(cuda, &x, &y)?,
         }
         saver.tensor(&y);
         Ok(single(y))
@@ -53,7 +54,7 @@ impl Op for Softmax {
         let dx = reuse(&gradient)?;
         match gradient.device() {
             Device::Cpu(cpu) => cpu::backward(&cpu.pool, &blocks(&y)?, &gradient, &y, &dx)?,
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("softmax")),
+            Device::Cuda(cuda) => cuda::backward(cuda, &gradient, &y, &dx)?,
         }
         drop(gradient);
         pass.give(0, dx)

@@ -2,7 +2,7 @@ use anneal_device::ThreadPool;
 
 use super::table::{Function, Of, Visitor};
 use crate::Tensor;
-use crate::ops::elementwise::map;
+use crate::ops::elementwise::cpu::map;
 
 pub(super) fn forward(pool: &ThreadPool, function: Function, x: &Tensor, y: &Tensor) {
     function.visit(Forward { pool, x, y });

@@ -1,6 +1,7 @@
 //! Element-wise functions of one tensor. The formulas and their derivatives are in `table.rs`.
 
 mod cpu;
+pub(super) mod cuda;
 mod gelu;
 mod table;
 
@@ -111,7 +112,7 @@ impl Op for Unary {
         let y = Tensor::empty(x.device(), x.dims(), x.dtype())?;
         match x.device() {
             Device::Cpu(cpu) => cpu::forward(&cpu.pool, self.function, x, &y),
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("unary")),
+            Device::Cuda(cuda) => cuda::forward(cuda, self.function, x, &y)?,
         }
         match self.function.saves() {
             Of::Nothing => {}
@@ -130,7 +131,7 @@ impl Op for Unary {
         let dx = reuse(&gradient)?;
         match gradient.device() {
             Device::Cpu(cpu) => cpu::backward(&cpu.pool, self.function, saved.as_ref(), &gradient, &dx),
-            Device::Cuda(_) => return Err(TensorError::unsupported_device("unary")),
+            Device::Cuda(cuda) => cuda::backward(cuda, self.function, saved.as_ref(), &gradient, &dx)?,
         }
         drop(gradient);
         pass.give(0, dx)

@@ -1,5 +1,4 @@
-//! Element-wise functions on the CPU: `out[i] = f(a[i], b[i], ..)` for inputs of any float dtypes
-//! and strides (zero for a broadcast dimension), in f32 inside.
+//! Element-wise functions on the CPU, in f32 inside.
 //!
 //! Chunks of each input are brought into f32 rows that stay in the first-level cache, and the
 //! result leaves through such a row too. So each function is compiled once rather than once a
@@ -7,60 +6,13 @@
 
 use anneal_device::ThreadPool;
 use anneal_device::cpu::vectorize;
-use smallvec::SmallVec;
 
+use super::{Walk, broadcast_strides};
 use crate::parallel::ELEMENTS_PER_TASK;
-use crate::{DType, Dims, Float, Result, Tensor, for_float};
+use crate::{DType, Float, Result, Tensor, for_float};
 
 /// Elements of a chunk: a few rows of this length fit the first-level cache beside the data.
 const CHUNK: usize = 512;
-
-/// Dimensions of one size list, merged where every operand allows it; the last one separately.
-struct Walk<const N: usize> {
-    outer: SmallVec<[(usize, [usize; N]); 6]>,
-    inner: (usize, [usize; N]),
-}
-
-impl<const N: usize> Walk<N> {
-    fn new(sizes: &[usize], strides: [&[usize]; N]) -> Self {
-        let mut axes: SmallVec<[(usize, [usize; N]); 6]> = SmallVec::new();
-        for (axis, &size) in sizes.iter().enumerate().filter(|(_, size)| **size != 1) {
-            let step = strides.map(|strides| strides[axis]);
-            match axes.last_mut() {
-                Some((last_size, last)) if (0..N).all(|operand| last[operand] == size * step[operand]) => {
-                    *last_size *= size;
-                    *last = step;
-                }
-                _ => axes.push((size, step)),
-            }
-        }
-        let inner = axes.pop().unwrap_or((1, [1; N]));
-        Self { outer: axes, inner }
-    }
-
-    /// Where each operand's run number `run` of the inner dimension starts.
-    fn starts(&self, run: usize) -> [usize; N] {
-        let mut rest = run;
-        let mut starts = [0; N];
-        for (size, steps) in self.outer.iter().rev() {
-            let index = rest % size;
-            rest /= size;
-            (0..N).for_each(|operand| starts[operand] += index * steps[operand]);
-        }
-        starts
-    }
-}
-
-/// Strides with which a tensor is read as one of the sizes that it broadcasts to.
-pub(crate) fn broadcast_strides(tensor: &Tensor, sizes: &[usize]) -> Dims {
-    let missing = sizes.len() - tensor.rank();
-    (0..sizes.len())
-        .map(|axis| match axis.checked_sub(missing) {
-            Some(own) if tensor.size(own) == sizes[axis] => tensor.strides()[own],
-            _ => 0,
-        })
-        .collect()
-}
 
 /// `out[i] = f(inputs[i])`, each input broadcast to the sizes of the contiguous `out`.
 ///
@@ -156,9 +108,4 @@ fn store(values: &[f32], out: &Tensor, start: usize) {
         Ok(())
     });
     stored.expect("dtypes are checked before kernels run");
-}
-
-/// Whether the dtype is one that these functions take.
-pub(crate) fn check_float(op: &'static str, dtype: DType) -> Result<()> {
-    if dtype.is_float() { Ok(()) } else { Err(crate::TensorError::unsupported_dtype(op, dtype)) }
 }

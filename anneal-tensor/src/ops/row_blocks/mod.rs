@@ -5,6 +5,8 @@
 //! order, so bits do not depend on the number of threads. Blocks never cross groups; small
 //! blocks share a task, so that small work is one task and pays no fork.
 
+pub(super) mod cuda;
+
 use anneal_device::cpu::vectorize;
 use anneal_device::{Device, Purpose, ThreadPool};
 

@@ -1,0 +1,161 @@
+//! What was measured, in memory and on disk: which of several ways to do the same work is fastest here.
+//!
+//! On disk a choice is a small text file under `matmul` in the cache folder, in a folder named by GPU, its
+//! number of multiprocessors and cuBLASLt's version. A file that cannot be read is measured again.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use cudarc::driver::sys;
+
+use super::super::compiler::{cache_folder, write_cached};
+use super::super::driver::{Properties, check};
+use super::super::transfer::Event;
+use super::CudaDevice;
+use crate::DeviceError;
+
+/// Timed runs of each of the candidates that are close to the best.
+pub(super) const RUNS: usize = 5;
+
+/// Results by name.
+#[derive(Default)]
+pub(super) struct Choices {
+    known: Mutex<HashMap<String, usize>>,
+}
+
+/// The file of a choice; none without a cache folder.
+pub(super) fn path(properties: &Properties, version: usize, name: &str) -> Option<PathBuf> {
+    let plain = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
+    let gpu: String = properties.name.chars().map(plain).collect();
+    let folder = format!("{gpu}-{}-lt{version}", properties.multiprocessors);
+    Some(cache_folder()?.join("matmul").join(folder).join(name))
+}
+
+/// `key words..` of a file with that key.
+pub(super) fn parse<T>(text: &str, key: &str, word: impl Fn(&str) -> Option<T>) -> Option<Vec<T>> {
+    let rest = text.strip_suffix('\n')?.strip_prefix(key)?.strip_prefix(' ')?;
+    rest.split(' ').map(word).collect()
+}
+
+impl CudaDevice {
+    /// Which of `count` ways to do the same work is fastest on this device: measured where `name` is seen for
+    /// the first time, and kept on disk. `run` does the work in one of the ways; it must leave the same result
+    /// however often it is called. A way that fails is not chosen. Where nothing may be measured (inside a
+    /// captured step, or after [`Self::set_deterministic`]) it is the known choice, else the first way.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn choose<E: From<DeviceError>>(
+        &self,
+        name: &str,
+        count: usize,
+        run: &mut dyn FnMut(usize) -> Result<(), E>,
+    ) -> Result<usize, E> {
+        if self.is_deterministic() {
+            return Ok(0);
+        }
+        if let Some(choice) = self.known(name) {
+            return Ok(choice);
+        }
+        let path = path(self.properties(), super::version(), name);
+        let saved = path.as_ref().and_then(|path| std::fs::read_to_string(path).ok());
+        let saved = saved.and_then(|text| parse(&text, "choice", |word| word.parse::<usize>().ok()));
+        let choice = match saved.as_deref() {
+            Some(&[choice]) if choice < count => choice,
+            // A captured step must choose the same again when it is replayed: the first way stays.
+            _ if self.in_captured_step() => 0,
+            _ => {
+                let all: Vec<usize> = (0..count).collect();
+                let times = self.time_each(&all, RUNS, &mut |way| run(way).is_ok())?;
+                let choice = fastest(&times).map_or(0, |(choice, _)| choice);
+                if let Some(path) = path {
+                    write_cached(&path, format!("choice {choice}\n").as_bytes());
+                }
+                choice
+            }
+        };
+        let mut known = self.products.choices.known.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        known.insert(name.into(), choice);
+        Ok(choice)
+    }
+
+    fn known(&self, name: &str) -> Option<usize> {
+        let known = self.products.choices.known.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        known.get(name).copied()
+    }
+
+    /// The median time of each candidate in milliseconds, `None` where it fails; each is run once more
+    /// before, to warm up. Waits for the device; the runs are in no profile.
+    pub(super) fn time_each(
+        &self,
+        candidates: &[usize],
+        runs: usize,
+        run: &mut dyn FnMut(usize) -> bool,
+    ) -> Result<Vec<Option<f32>>, DeviceError> {
+        let profile = self.profile.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        let times = self.time_unprofiled(candidates, runs, run);
+        *self.profile.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = profile;
+        times
+    }
+
+    fn time_unprofiled(
+        &self,
+        candidates: &[usize],
+        runs: usize,
+        run: &mut dyn FnMut(usize) -> bool,
+    ) -> Result<Vec<Option<f32>>, DeviceError> {
+        let (ordinal, stream) = (self.ordinal(), self.stream());
+        let mut events: Vec<Vec<(Event, Event)>> = Vec::with_capacity(candidates.len());
+        for &candidate in candidates {
+            let mut pairs = Vec::new();
+            for _ in 0..if run(candidate) { runs } else { 0 } {
+                // Weights come from memory in a step, not from the cache; and while the device clears
+                // that much, the host gets ahead, so that its own pace is not measured.
+                self.clear_cache()?;
+                let pair = (Event::new(ordinal, true)?, Event::new(ordinal, true)?);
+                pair.0.record(ordinal, stream)?;
+                run(candidate);
+                pair.1.record(ordinal, stream)?;
+                pairs.push(pair);
+            }
+            events.push(pairs);
+        }
+        self.synchronize()?;
+        let median = |pairs: &Vec<(Event, Event)>| {
+            let mut times = Vec::new();
+            for (start, end) in pairs {
+                let mut milliseconds = 0.0;
+                // SAFETY: both events have passed.
+                let result = unsafe { sys::cuEventElapsedTime_v2(&mut milliseconds, start.0, end.0) };
+                check("cuEventElapsedTime", ordinal, result)?;
+                times.push(milliseconds);
+            }
+            times.sort_by(f32::total_cmp);
+            Ok(times.get(times.len() / 2).copied())
+        };
+        events.iter().map(median).collect()
+    }
+}
+
+/// The index of the least time, and that time; of equal ones the first.
+pub(super) fn fastest(times: &[Option<f32>]) -> Option<(usize, f32)> {
+    let known = times.iter().enumerate().filter_map(|(index, time)| Some((index, (*time)?)));
+    known.min_by(|a, b| a.1.total_cmp(&b.1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_read_as_they_are_written_and_damaged_ones_are_not() {
+        let number = |word: &str| word.parse::<usize>().ok();
+        assert_eq!(parse("choice 3\n", "choice", number), Some(vec![3]));
+        for damaged in ["", "choice 3", "choice\n", "choice x\n", "other 3\n", "choice 3\n\n"] {
+            assert_eq!(parse(damaged, "choice", number), None, "{damaged:?}");
+        }
+        assert_eq!(fastest(&[None, Some(2.0), Some(1.0), Some(1.0)]), Some((2, 1.0)));
+        assert_eq!(fastest(&[None]), None);
+    }
+}

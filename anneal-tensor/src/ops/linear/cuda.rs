@@ -1,0 +1,269 @@
+use anneal_device::cuda::{Arguments, Epilogue, Launch, Operand, Output, Product, Source, Variant};
+use anneal_device::{CudaDevice, Purpose};
+
+use super::super::gradient_target::GradientTarget;
+use super::Activation;
+use super::matrix::{MatrixView, element_of};
+use crate::kernels::{blocks_to_fill, element};
+use crate::{DType, Result, Tensor};
+
+const SOURCE: Source = Source { name: "linear", code: include_str!("kernel.cu") };
+/// As in the kernels: threads of a block, and columns that a block sums.
+const THREADS: usize = 256;
+const COLUMNS: usize = 128;
+/// Rows that a block sums are a multiple of what its threads load together, and at least these; parts of
+/// a column are at most so many, so that adding them up stays small beside reading the rows.
+const ROW_STEP: usize = 64;
+const LEAST_ROWS: usize = 128;
+const MOST_PARTS: usize = 256;
+
+fn macros(dtype: DType, activation: Activation) -> Vec<(&'static str, String)> {
+    let number = match activation {
+        Activation::None => 0,
+        Activation::GeluTanh => 1,
+        Activation::Silu => 2,
+    };
+    let mut macros = element("ELEMENT", dtype);
+    macros.push(("ACTIVATION", number.to_string()));
+    macros
+}
+
+pub(in crate::ops) fn variants() -> Vec<Variant> {
+    let floats = [DType::F32, DType::BF16, DType::F16];
+    let all = [Activation::None, Activation::GeluTanh, Activation::Silu];
+    let pairs = floats.into_iter().flat_map(|dtype| all.map(|activation| (dtype, activation)));
+    pairs.map(|(dtype, activation)| Variant { source: SOURCE, macros: macros(dtype, activation) }).collect()
+}
+
+/// `y = act(x W^T + b)`, and `x W^T + b` itself into `preactivation` if given and there is an activation.
+pub(in crate::ops) fn affine(
+    cuda: &CudaDevice,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    activation: Activation,
+    preactivation: Option<&Tensor>,
+    y: &Tensor,
+) -> Result<()> {
+    let (x, weight) = (MatrixView::of_rows(x)?, MatrixView::of_weight(weight)?);
+    let shape @ (rows, outputs, inner) = (x.rows, weight.rows, x.columns);
+    let bias = bias.map(Tensor::contiguous).transpose()?;
+    let ((a, _x), (b, _weight)) = (operand(x)?, operand(weight)?);
+    let multiply = |target: &Tensor, epilogue: Epilogue| -> Result<()> {
+        let plain = Product::new("matmul", shape, a, b.transposed(), output(target)?);
+        let bias = bias.as_ref().map(|bias| bias.address().cast_const());
+        // SAFETY: the shapes were checked by the op, and what is written is fresh memory.
+        Ok(unsafe { cuda.matmul(&Product { bias, epilogue, ..plain })? })
+    };
+    if activation == Activation::None {
+        return multiply(y, Epilogue::None);
+    }
+    let kept = preactivation.map(Tensor::address);
+    let fused = || multiply(y, Epilogue::Gelu { preactivation: kept });
+    let in_two = || {
+        let argument = preactivation.unwrap_or(y);
+        multiply(argument, Epilogue::None)?;
+        activate(cuda, activation, argument, y)
+    };
+    // The library's GELU is only as good as 16 bits can hold, and writes rows of whole packs.
+    if activation != Activation::GeluTanh || y.dtype() == DType::F32 || !outputs.is_multiple_of(8) {
+        return in_two();
+    }
+    let words = ["", "-bias", "-kept", "-bias-kept"];
+    let word = words[usize::from(bias.is_some()) + 2 * usize::from(kept.is_some())];
+    let name = format!("gelu-{}-{rows}x{outputs}x{inner}{word}", y.dtype());
+    let mut run = |way| if way == 0 { fused() } else { in_two() };
+    let way = cuda.choose(&name, 2, &mut run)?;
+    run(way)
+}
+
+/// `dx = g W`
+pub(in crate::ops) fn input_gradient(
+    cuda: &CudaDevice,
+    gradient: &Tensor,
+    weight: &Tensor,
+    dx: &Tensor,
+) -> Result<()> {
+    let (gradient, weight) = (MatrixView::of_rows(gradient)?, MatrixView::of_weight(weight)?);
+    let shape = (gradient.rows, weight.columns, gradient.columns);
+    let ((a, _gradient), (b, _weight)) = (operand(gradient)?, operand(weight)?);
+    // SAFETY: the shapes were checked in forward, and dx is fresh memory.
+    Ok(unsafe { cuda.matmul(&Product::new("matmul input gradient", shape, a, b, output(dx)?))? })
+}
+
+/// `dW (+)= g^T x` and `db (+)= sum of g over rows`, in f32.
+pub(super) fn parameter_gradients(
+    cuda: &CudaDevice,
+    gradient: &Tensor,
+    x: &Tensor,
+    weight: Option<&GradientTarget>,
+    bias: Option<&GradientTarget>,
+) -> Result<()> {
+    let (Some(weight), Some(bias)) = (weight, bias) else {
+        if let Some(bias) = bias {
+            column_sums(cuda, gradient, bias)?;
+        }
+        return weight.map_or(Ok(()), |weight| weight_gradient(cuda, gradient, x, weight, Epilogue::None));
+    };
+    let in_two = || {
+        column_sums(cuda, gradient, bias)?;
+        weight_gradient(cuda, gradient, x, weight, Epilogue::None)
+    };
+    // The library's sums overwrite; and only what overwrites may be run again to measure it.
+    if weight.accumulate || bias.accumulate || gradient.dtype() == DType::F32 {
+        return in_two();
+    }
+    let sums = bias.gradient.address();
+    let fused = || weight_gradient(cuda, gradient, x, weight, Epilogue::RowSums { sums });
+    let name = format!("sums-{}-{}x{}", gradient.dtype(), x.elements(), gradient.elements());
+    let mut run = |way| if way == 0 { in_two() } else { fused() };
+    let way = cuda.choose(&name, 2, &mut run)?;
+    run(way)
+}
+
+fn weight_gradient(
+    cuda: &CudaDevice,
+    gradient: &Tensor,
+    x: &Tensor,
+    target: &GradientTarget,
+    epilogue: Epilogue,
+) -> Result<()> {
+    let (gradient, x) = (MatrixView::of_rows(gradient)?, MatrixView::of_rows(x)?);
+    let shape = (gradient.columns, x.columns, gradient.rows);
+    let c = Output::new(target.gradient.address(), element_of(DType::F32)?, x.columns);
+    let ((a, _gradient), (b, _x)) = (operand(gradient)?, operand(x)?);
+    let plain = Product::new("matmul weight gradient", shape, a.transposed(), b, c);
+    // SAFETY: a sink or fresh memory of [outputs, inner], written here alone.
+    Ok(unsafe { cuda.matmul(&Product { accumulate: target.accumulate, epilogue, ..plain })? })
+}
+
+/// `y = act(x)`, both contiguous; y may be x.
+fn activate(cuda: &CudaDevice, activation: Activation, x: &Tensor, y: &Tensor) -> Result<()> {
+    let kernel = cuda.kernel(&SOURCE, "activate", &macros(x.dtype(), activation))?;
+    let arguments = Arguments::new().with(x.address()).with(y.address()).with(x.elements() as i64);
+    // SAFETY: both tensors hold as many elements of the type that the kernel was compiled for.
+    unsafe { cuda.launch(kernel, over(cuda, x), arguments)? };
+    Ok(())
+}
+
+/// `target = g * act'(preactivation)`, all contiguous; the target may be the gradient.
+pub(super) fn activation_backward(
+    cuda: &CudaDevice,
+    activation: Activation,
+    gradient: &Tensor,
+    preactivation: &Tensor,
+    target: &Tensor,
+) -> Result<()> {
+    let kernel = cuda.kernel(&SOURCE, "activation_backward", &macros(gradient.dtype(), activation))?;
+    let addresses = Arguments::new().with(gradient.address()).with(preactivation.address());
+    let arguments = addresses.with(target.address()).with(gradient.elements() as i64);
+    // SAFETY: as in `activate`.
+    unsafe { cuda.launch(kernel, over(cuda, gradient), arguments)? };
+    Ok(())
+}
+
+/// `g *= act'(preactivation)` in place, `hidden = act(preactivation)`, and the sum of the new g over rows
+/// into `bias`; all contiguous, and hidden may be the pre-activation.
+pub(in crate::ops) fn recompute_backward(
+    cuda: &CudaDevice,
+    activation: Activation,
+    gradient: &Tensor,
+    preactivation: &Tensor,
+    hidden: &Tensor,
+    bias: Option<&GradientTarget>,
+) -> Result<()> {
+    let kernel = cuda.kernel(&SOURCE, "recompute_backward", &macros(gradient.dtype(), activation))?;
+    let operands =
+        Arguments::new().with(gradient.address()).with(preactivation.address()).with(hidden.address());
+    sum_by_parts(cuda, gradient, bias, |launch, sums| {
+        // SAFETY: three matrices of one shape, and room for the sums.
+        Ok(unsafe { cuda.launch(kernel, launch, sums.after(operands))? })
+    })
+}
+
+/// `bias (+)= sum of g over rows`
+fn column_sums(cuda: &CudaDevice, gradient: &Tensor, bias: &GradientTarget) -> Result<()> {
+    let gradient = gradient.contiguous()?;
+    let kernel = cuda.kernel(&SOURCE, "column_sums", &macros(gradient.dtype(), Activation::None))?;
+    let operands = Arguments::new().with(gradient.address());
+    sum_by_parts(cuda, &gradient, Some(bias), |launch, sums| {
+        // SAFETY: a matrix, and room for the sums.
+        Ok(unsafe { cuda.launch(kernel, launch, sums.after(operands))? })
+    })
+}
+
+/// The last arguments of a kernel that sums columns.
+struct Sums {
+    partials: *mut u8,
+    rows: usize,
+    columns: usize,
+    part_rows: usize,
+    accumulate: bool,
+}
+
+impl Sums {
+    fn after(&self, arguments: Arguments) -> Arguments {
+        let arguments = arguments.with(self.partials).with(self.rows as i64).with(self.columns as i64);
+        arguments.with(self.part_rows as i64).with(i32::from(self.accumulate))
+    }
+}
+
+/// Sums over the rows of a matrix of `like`'s shape: `launch` sums parts of them, and the parts are added
+/// up into the target. Without a target the sums are dropped.
+fn sum_by_parts(
+    cuda: &CudaDevice,
+    like: &Tensor,
+    target: Option<&GradientTarget>,
+    launch: impl FnOnce(Launch, Sums) -> Result<()>,
+) -> Result<()> {
+    let columns = like.size(like.rank() - 1);
+    let rows = like.elements() / columns.max(1);
+    let part_rows = rows.div_ceil(MOST_PARTS).max(LEAST_ROWS).next_multiple_of(ROW_STEP);
+    let parts = rows.div_ceil(part_rows).max(1);
+    let grid = Launch::new([columns.div_ceil(COLUMNS).max(1), parts], THREADS);
+    let sums = |partials, accumulate| Sums { partials, rows, columns, part_rows, accumulate };
+    if let Some(target) = target.filter(|_| parts == 1) {
+        return launch(grid, sums(target.gradient.address(), target.accumulate));
+    }
+    let partials = Tensor::empty_for(like.device(), &[parts, columns], DType::F32, Purpose::Workspace)?;
+    launch(grid, sums(partials.address(), false))?;
+    let Some(target) = target else { return Ok(()) };
+    let kernel = cuda.kernel(&SOURCE, "add_partials", &macros(like.dtype(), Activation::None))?;
+    let arguments = Arguments::new()
+        .with(partials.address())
+        .with(target.gradient.address())
+        .with(parts as i32)
+        .with(columns as i64)
+        .with(i32::from(target.accumulate));
+    // SAFETY: [parts, columns] and [columns] of f32.
+    unsafe { cuda.launch(kernel, Launch::new(columns.div_ceil(32).max(1), [32, 16]), arguments)? };
+    Ok(())
+}
+
+/// One thread for each pack of 16 bytes.
+fn over(cuda: &CudaDevice, tensor: &Tensor) -> Launch {
+    let packs = (tensor.elements() * tensor.dtype().size()).div_ceil(16);
+    Launch::over(packs, THREADS, blocks_to_fill(cuda))
+}
+
+/// A view as an operand, with the tensor that keeps its memory.
+fn operand(view: MatrixView) -> Result<(Operand, Tensor)> {
+    let element = element_of(view.memory.dtype())?;
+    let (rows, columns, [row, column]) = (view.rows, view.columns, view.strides);
+    // Of a single row or column the stride is not used, and may be anything.
+    let leading = if rows == 1 { columns } else { row };
+    if (column == 1 || columns == 1) && leading >= columns {
+        return Ok((Operand::new(view.memory.address(), element, leading), view.memory));
+    }
+    let leading = if columns == 1 { rows } else { column };
+    if (row == 1 || rows == 1) && leading >= rows {
+        return Ok((Operand::new(view.memory.address(), element, leading).transposed(), view.memory));
+    }
+    let memory = view.dense()?.memory;
+    Ok((Operand::new(memory.address(), element, columns), memory))
+}
+
+fn output(tensor: &Tensor) -> Result<Output> {
+    assert!(tensor.is_contiguous(), "products are written to contiguous memory");
+    Ok(Output::new(tensor.address(), element_of(tensor.dtype())?, tensor.size(tensor.rank() - 1)))
+}

@@ -1,0 +1,202 @@
+// What a linear layer needs besides its products. ELEMENT: element type (T below).
+//   activate             y = act(x)
+//   activation_backward  out = g * act'(p)
+//   recompute_backward   the same in the gradient's own memory, h = act(p), and partial sums of g * act'(p) over rows
+//   column_sums          partial sums of g over rows
+//   add_partials         sums (+)= sum over parts of partials
+// ACTIVATION: 1 GELU by its tanh form, 2 SiLU; 0 where only sums are wanted.
+//
+// activate, activation_backward: x, y, g, p, out [count], contiguous, any grid; threads stride over packs of 16
+// bytes where all pointers allow it. An output may be one of the inputs.
+// recompute_backward, column_sums: matrices [rows, columns], contiguous. Grid (columns / COLUMNS, parts) rounded up,
+// 256 threads: a block sums part_rows rows of COLUMNS columns, and writes row blockIdx.y of partials
+// [parts, columns]; where there is one part, that may be the result itself, which is added to if accumulate is set.
+// add_partials: grid (columns / 32) rounded up, block 32 x 16.
+//
+// Sums are in f32 and in an order that the shape alone decides: rows of a thread, threads of a block,
+// blocks of a column. No kernel uses atomics.
+
+#ifndef ACTIVATION
+#define ACTIVATION 0
+#endif
+
+typedef ELEMENT T;
+constexpr int PACK = 16 / sizeof(T);
+constexpr int COLUMNS = 128;
+constexpr int LANES = COLUMNS / PACK;
+constexpr int THREADS = 256;
+constexpr int ROWS = THREADS / LANES;
+// Rows of a thread whose loads are under way together.
+constexpr int AHEAD = 4;
+
+#if ACTIVATION == 1
+// Value and derivative share the tanh.
+__device__ __forceinline__ void value_and_derivative(float x, float &value, float &derivative) {
+    float t = tanh_of(0.7978845608028654f * (x + 0.044715f * x * x * x));
+    float slope = 0.7978845608028654f * (1.0f + 0.134145f * x * x);
+    value = 0.5f * x * (1.0f + t);
+    derivative = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * slope;
+}
+#elif ACTIVATION == 2
+__device__ __forceinline__ void value_and_derivative(float x, float &value, float &derivative) {
+    float s = sigmoid_of(x);
+    value = x * s;
+    derivative = s * (1.0f + x * (1.0f - s));
+}
+#endif
+
+// PACK elements, of which `valid` exist; all of them where packs are whole and aligned.
+__device__ __forceinline__ Pack<T, PACK> load_some(const T *from, int valid, bool whole) {
+    if (whole) return *reinterpret_cast<const Pack<T, PACK> *>(from);
+    Pack<T, PACK> pack = {};
+#pragma unroll
+    for (int i = 0; i < PACK; ++i)
+        if (i < valid) pack.at[i] = from[i];
+    return pack;
+}
+
+__device__ __forceinline__ void store_some(T *to, const Pack<T, PACK> &pack, int valid, bool whole) {
+    if (whole) {
+        *reinterpret_cast<Pack<T, PACK> *>(to) = pack;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < PACK; ++i)
+        if (i < valid) to[i] = pack.at[i];
+}
+
+// Adds up the threads of a block that share columns, and writes the block's sums.
+__device__ __forceinline__ void write_sums(const float (&sums)[PACK], float *partials, i64 columns, bool accumulate) {
+    __shared__ float shared[ROWS][COLUMNS];
+    int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
+#pragma unroll
+    for (int i = 0; i < PACK; ++i) shared[row][lane * PACK + i] = sums[i];
+    __syncthreads();
+    i64 column = i64(blockIdx.x) * COLUMNS + threadIdx.x;
+    if (threadIdx.x >= COLUMNS || column >= columns) return;
+    float sum = 0.0f;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) sum += shared[r][threadIdx.x];
+    float *to = partials + i64(blockIdx.y) * columns + column;
+    *to = accumulate ? *to + sum : sum;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+column_sums(const T *g, float *partials, i64 rows, i64 columns, i64 part_rows, int accumulate) {
+    i64 column = i64(blockIdx.x) * COLUMNS + (threadIdx.x % LANES) * PACK;
+    int valid = int(min(i64(PACK), max(i64(0), columns - column)));
+    bool whole = columns % PACK == 0 && is_aligned<PACK>(g);
+    i64 end = min(rows, (i64(blockIdx.y) + 1) * part_rows);
+    float sums[PACK] = {};
+    for (i64 row = i64(blockIdx.y) * part_rows + threadIdx.x / LANES; valid > 0 && row < end; row += ROWS * AHEAD) {
+        Pack<T, PACK> packs[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) {
+            packs[k] = {};
+            if (row + k * ROWS < end) packs[k] = load_some(g + (row + k * ROWS) * columns + column, valid, whole);
+        }
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k)
+#pragma unroll
+            for (int i = 0; i < PACK; ++i) sums[i] += to_float(packs[k].at[i]);
+    }
+    write_sums(sums, partials, columns, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(512)
+add_partials(const float *partials, float *sums, int parts, i64 columns, int accumulate) {
+    __shared__ float shared[16][32];
+    i64 column = i64(blockIdx.x) * 32 + threadIdx.x;
+    float sum = 0.0f;
+    if (column < columns) {
+#pragma unroll 8
+        for (int part = threadIdx.y; part < parts; part += 16) sum += partials[part * columns + column];
+    }
+    shared[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || column >= columns) return;
+    sum = 0.0f;
+#pragma unroll
+    for (int r = 0; r < 16; ++r) sum += shared[r][threadIdx.x];
+    sums[column] = accumulate ? sums[column] + sum : sum;
+}
+
+#if ACTIVATION > 0
+extern "C" __global__ void activate(const T *x, T *y, i64 count) {
+    bool aligned = is_aligned<PACK>(x) && is_aligned<PACK>(y);
+    i64 first = i64(blockIdx.x) * blockDim.x + threadIdx.x, stride = i64(gridDim.x) * blockDim.x;
+    i64 packs = aligned ? count / PACK : 0;
+    float unused;
+    for (i64 pack = first; pack < packs; pack += stride) {
+        float values[PACK];
+        load_pack<PACK>(values, x + PACK * pack);
+#pragma unroll
+        for (int i = 0; i < PACK; ++i) value_and_derivative(values[i], values[i], unused);
+        store_pack<PACK>(y + PACK * pack, values);
+    }
+    for (i64 i = PACK * packs + first; i < count; i += stride) {
+        float value;
+        value_and_derivative(to_float(x[i]), value, unused);
+        y[i] = from_float<T>(value);
+    }
+}
+
+extern "C" __global__ void activation_backward(const T *g, const T *p, T *out, i64 count) {
+    bool aligned = is_aligned<PACK>(g) && is_aligned<PACK>(p) && is_aligned<PACK>(out);
+    i64 first = i64(blockIdx.x) * blockDim.x + threadIdx.x, stride = i64(gridDim.x) * blockDim.x;
+    i64 packs = aligned ? count / PACK : 0;
+    float unused, derivative;
+    for (i64 pack = first; pack < packs; pack += stride) {
+        float values[PACK], arguments[PACK];
+        load_pack<PACK>(values, g + PACK * pack);
+        load_pack<PACK>(arguments, p + PACK * pack);
+#pragma unroll
+        for (int i = 0; i < PACK; ++i) {
+            value_and_derivative(arguments[i], unused, derivative);
+            values[i] *= derivative;
+        }
+        store_pack<PACK>(out + PACK * pack, values);
+    }
+    for (i64 i = PACK * packs + first; i < count; i += stride) {
+        value_and_derivative(to_float(p[i]), unused, derivative);
+        out[i] = from_float<T>(to_float(g[i]) * derivative);
+    }
+}
+
+// h may be p.
+extern "C" __global__ void __launch_bounds__(THREADS)
+recompute_backward(T *g, const T *p, T *h, float *partials, i64 rows, i64 columns, i64 part_rows, int accumulate) {
+    i64 column = i64(blockIdx.x) * COLUMNS + (threadIdx.x % LANES) * PACK;
+    int valid = int(min(i64(PACK), max(i64(0), columns - column)));
+    bool whole = columns % PACK == 0 && is_aligned<PACK>(g) && is_aligned<PACK>(p) && is_aligned<PACK>(h);
+    i64 end = min(rows, (i64(blockIdx.y) + 1) * part_rows);
+    float sums[PACK] = {};
+    for (i64 row = i64(blockIdx.y) * part_rows + threadIdx.x / LANES; valid > 0 && row < end; row += ROWS * AHEAD) {
+        Pack<T, PACK> gradients[AHEAD], arguments[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) {
+            i64 at = (row + k * ROWS) * columns + column;
+            if (row + k * ROWS >= end) continue;
+            gradients[k] = load_some(g + at, valid, whole);
+            arguments[k] = load_some(p + at, valid, whole);
+        }
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) {
+            i64 at = (row + k * ROWS) * columns + column;
+            if (row + k * ROWS >= end) continue;
+#pragma unroll
+            for (int i = 0; i < PACK; ++i) {
+                float value, derivative;
+                value_and_derivative(to_float(arguments[k].at[i]), value, derivative);
+                float gradient = to_float(gradients[k].at[i]) * derivative;
+                sums[i] += gradient;
+                gradients[k].at[i] = from_float<T>(gradient);
+                arguments[k].at[i] = from_float<T>(value);
+            }
+            store_some(g + at, gradients[k], valid, whole);
+            store_some(h + at, arguments[k], valid, whole);
+        }
+    }
+    write_sums(sums, partials, columns, accumulate);
+}
+#endif

@@ -1,0 +1,154 @@
+//! What kernels over rows share on a GPU: how rows are cut into runs, how many elements a thread
+//! loads together, and the sums of runs added up.
+//!
+//! Contract: the cut depends on the shape alone, and so do the bits of every sum.
+
+use anneal_device::cuda::{Arguments, Launch, Source, Variant};
+use anneal_device::{CudaDevice, Purpose};
+
+use super::RowBlocks;
+use crate::kernels::element;
+use crate::ops::gradient_target::GradientTarget;
+use crate::{DType, Device, Result, Tensor};
+
+const SOURCE: Source = Source { name: "row_blocks", code: include_str!("kernel.cu") };
+
+/// Warps of all runs together: enough to fill the largest GPUs, while the sums of runs, which are
+/// written and read once more, stay small beside the rows.
+const WANTED_WARPS: usize = 2560;
+/// A run has at least about this many rows, for the same reason.
+const LEAST_ROWS: usize = 16;
+/// Runs of a group from which on several slices of a block share them.
+const MANY_RUNS: usize = 16;
+
+/// The rows of each group cut into runs, one a block of threads.
+pub(in crate::ops) struct Runs {
+    pub groups: usize,
+    /// Rows of a group.
+    pub rows: usize,
+    pub width: usize,
+    /// Rows of a run; the last one of a group may have fewer.
+    pub run: usize,
+    /// Runs of a group, at least one.
+    pub per_group: usize,
+}
+
+impl Runs {
+    /// For blocks of `warps` warps that work on `together` rows at a time.
+    pub fn new(blocks: &RowBlocks, warps: usize, together: usize) -> Self {
+        let (groups, rows) = (blocks.groups, blocks.rows);
+        let wanted = WANTED_WARPS / warps / groups.max(1);
+        let most = rows.div_ceil(LEAST_ROWS);
+        let run = rows.div_ceil(wanted.min(most).max(1)).next_multiple_of(together).max(1);
+        Self { groups, rows, width: blocks.width, run, per_group: rows.div_ceil(run).max(1) }
+    }
+
+    /// Number of runs.
+    pub fn count(&self) -> usize {
+        self.groups * self.per_group
+    }
+
+    /// Memory for `sums` partial sums of each run, `[groups, runs, sums, width]`.
+    pub fn partial_sums(&self, device: &Device, sums: usize) -> Result<Tensor> {
+        let sizes = [self.groups, self.per_group, sums, self.width];
+        Tensor::empty_for(device, &sizes, DType::F32, Purpose::Workspace)
+    }
+}
+
+/// The most elements, at most 16 bytes of `dtype`, that may be loaded together from contiguous rows of
+/// `width` and from vectors with rows of any stride.
+pub(in crate::ops) fn pack<'a>(
+    width: usize,
+    dtype: DType,
+    rows: impl Iterator<Item = &'a Tensor> + Clone,
+    vectors: impl Iterator<Item = &'a Tensor> + Clone,
+) -> usize {
+    let fits = |pack: usize| {
+        let aligned =
+            |tensor: &Tensor| (tensor.address() as usize).is_multiple_of(pack * tensor.dtype().size());
+        width.is_multiple_of(pack)
+            && rows.clone().all(aligned)
+            && vectors.clone().all(|vector| aligned(vector) && row_stride(vector).is_multiple_of(pack))
+    };
+    let mut pack = 16 / dtype.size();
+    while !fits(pack) {
+        pack /= 2;
+    }
+    pack
+}
+
+/// Elements from one row of a vector per group to the next; 0 if one row serves all.
+fn row_stride(vector: &Tensor) -> usize {
+    if vector.rank() == 1 || vector.size(0) == 1 { 0 } else { vector.strides()[0] }
+}
+
+/// A vector's address (null if there is none) and the stride of its rows, as kernels take them.
+pub(in crate::ops) fn push_vector(arguments: &mut Arguments, vector: Option<&Tensor>) {
+    arguments.push(vector.map_or(std::ptr::null_mut(), Tensor::address));
+    arguments.push(vector.map_or(0, row_stride) as i64);
+}
+
+/// A tensor's address, null if there is none.
+pub(in crate::ops) fn address(tensor: Option<&Tensor>) -> *mut u8 {
+    tensor.map_or(std::ptr::null_mut(), Tensor::address)
+}
+
+/// As the kernel's structure of that name.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Target {
+    gradient: *mut u8,
+    wide: i32,
+    accumulate: i32,
+}
+
+fn macros(vector: DType, slices: usize, columns: usize) -> Vec<(&'static str, String)> {
+    let sizes = [("SLICES", slices.to_string()), ("COLUMNS", columns.to_string())];
+    [element("VECTOR", vector), sizes.to_vec()].concat()
+}
+
+/// Slices and columns of a block.
+fn shape(runs: &Runs) -> [usize; 2] {
+    if runs.per_group > MANY_RUNS { [16, 32] } else { [1, 128] }
+}
+
+/// Writes the sums of `partial`, `[groups, runs, sums, width]`, into as many targets or fewer, each of f32 or `vector`.
+pub(in crate::ops) fn sum_runs<const N: usize>(
+    cuda: &CudaDevice,
+    runs: &Runs,
+    partial: &Tensor,
+    vector: DType,
+    targets: [Option<&GradientTarget>; N],
+) -> Result<()> {
+    const { assert!(N <= 3) };
+    if targets.iter().all(Option::is_none) {
+        return Ok(());
+    }
+    let [slices, columns] = shape(runs);
+    let kernel = cuda.kernel(&SOURCE, "sum_runs", &macros(vector, slices, columns))?;
+    let mut arguments = Arguments::new().with(partial.address());
+    for target in (0..3).map(|index| targets.get(index).copied().flatten()) {
+        arguments.push(Target {
+            gradient: address(target.map(|target| &target.gradient)),
+            wide: target.is_some_and(|target| target.gradient.dtype() == DType::F32).into(),
+            accumulate: target.is_some_and(|target| target.accumulate).into(),
+        });
+    }
+    let column_blocks = runs.width.div_ceil(columns);
+    for number in [runs.per_group, partial.size(2), runs.width, column_blocks] {
+        arguments.push(number as u32);
+    }
+    let launch = Launch::new(runs.groups * column_blocks, [columns, slices]);
+    // SAFETY: the partial sums have that shape, and each target has [groups, width] of the dtype its flag says.
+    unsafe { cuda.launch(kernel, launch, arguments)? };
+    Ok(())
+}
+
+pub(in crate::ops) fn variants() -> Vec<Variant> {
+    let dtypes = [DType::F32, DType::BF16, DType::F16];
+    let shapes = [[1, 128], [16, 32]];
+    let pairs = dtypes.iter().flat_map(|dtype| shapes.map(|[slices, columns]| (*dtype, slices, columns)));
+    pairs
+        .map(|(dtype, slices, columns)| Variant { source: SOURCE, macros: macros(dtype, slices, columns) })
+        .collect()
+}

@@ -1,0 +1,209 @@
+use anneal_device::CudaDevice;
+use anneal_device::cuda::{Arguments, Launch, Source, Variant};
+
+use super::{Again, Backward, Forward, RowNorm, Vectors};
+use crate::kernels::element;
+use crate::ops::cast;
+use crate::ops::gradient_target::GradientTarget;
+use crate::ops::row_blocks::RowBlocks;
+use crate::ops::row_blocks::cuda::{Runs, address, pack, push_vector, sum_runs};
+use crate::{DType, Result, Tensor};
+
+const FORWARD: Source = Source { name: "row_norm/forward", code: include_str!("forward.cu") };
+const BACKWARD: Source = Source { name: "row_norm/backward", code: include_str!("backward.cu") };
+
+/// Elements of a row that a thread of the forward kernel may hold; wider rows get more warps.
+const HELD: usize = 48;
+
+/// What a kernel is compiled for.
+#[derive(Clone, Copy)]
+struct Kind {
+    element: DType,
+    vector: DType,
+    pack: usize,
+    width: usize,
+}
+
+impl Kind {
+    fn new<'a>(width: usize, rows: &[Option<&'a Tensor>], vectors: &[Option<&'a Tensor>]) -> Self {
+        let element = rows.iter().flatten().next().expect("there are rows").dtype();
+        let vector = vectors.iter().flatten().next().map_or(element, |vector| vector.dtype());
+        let (rows, vectors) = (rows.iter().flatten().copied(), vectors.iter().flatten().copied());
+        Self { element, vector, pack: pack(width, element, rows, vectors), width }
+    }
+
+    fn macros(self, sizes: &[(&'static str, usize)]) -> Vec<(&'static str, String)> {
+        let types = [element("ELEMENT", self.element), element("VECTOR", self.vector)].concat();
+        let sizes = sizes.iter().map(|(name, size)| (*name, size.to_string()));
+        types.into_iter().chain([("PACK", self.pack.to_string())]).chain(sizes).collect()
+    }
+}
+
+/// Geometry of the forward kernels: warps of a row, and packs of a thread.
+struct Team {
+    warps: usize,
+    iterations: usize,
+}
+
+impl Team {
+    fn new(kind: Kind) -> Self {
+        let iterations = |warps: usize| kind.width.div_ceil(32 * warps * kind.pack);
+        let wide = |warps: &usize| iterations(*warps) * kind.pack <= HELD;
+        let warps = [1, 2, 4, 8, 16].into_iter().find(wide).unwrap_or(32);
+        Self { warps, iterations: iterations(warps) }
+    }
+
+    fn macros(&self, kind: Kind) -> Vec<(&'static str, String)> {
+        kind.macros(&[("WARPS", self.warps), ("ITERATIONS", self.iterations)])
+    }
+
+    /// Rows of one warp are four to a block.
+    fn launch(&self, rows: usize) -> Launch {
+        let teams = if self.warps == 1 { 4 } else { 1 };
+        Launch::new(rows.div_ceil(teams), 32 * self.warps * teams)
+    }
+}
+
+/// Geometry of the backward kernel: a thread has the same packs of columns in every row.
+struct Columns {
+    threads: usize,
+    iterations: usize,
+    /// Rows at a time: with the packs of a thread, a measure of its registers.
+    rows: usize,
+}
+
+impl Columns {
+    fn new(kind: Kind) -> Self {
+        let packs = kind.width.div_ceil(kind.pack);
+        let iterations = match packs.div_ceil(256) {
+            few @ 1..=2 => few,
+            _ => packs.div_ceil(512).max(1),
+        };
+        let threads = packs.div_ceil(iterations).max(1).next_multiple_of(32);
+        // So that all but the last iteration lie in the row, which the kernel relies on.
+        let iterations = packs.div_ceil(threads).max(1);
+        let rows = match iterations {
+            1 => 4,
+            2 => 2,
+            _ => 1,
+        };
+        Self { threads, iterations, rows }
+    }
+
+    fn macros(&self, kind: Kind) -> Vec<(&'static str, String)> {
+        // 12 warps a multiprocessor leave each thread 168 registers, which hold what it works on.
+        let blocks = (384 / self.threads).max(1);
+        kind.macros(&[
+            ("THREADS", self.threads),
+            ("ITERATIONS", self.iterations),
+            ("ROWS", self.rows),
+            ("BLOCKS", blocks),
+        ])
+    }
+}
+
+/// The vectors in one dtype: f32 if theirs differ.
+fn of_one_dtype(vectors: &Vectors) -> Result<[Option<Tensor>; 3]> {
+    let all = [&vectors.scale, &vectors.shift, &vectors.gate];
+    let dtype = vectors.common_dtype();
+    let convert = |vector: &Option<Tensor>| match (vector, dtype) {
+        (Some(vector), None) => cast(vector, DType::F32).map(Some),
+        (vector, _) => Ok(vector.clone()),
+    };
+    Ok([convert(all[0])?, convert(all[1])?, convert(all[2])?])
+}
+
+pub(super) fn forward(cuda: &CudaDevice, op: &RowNorm, job: &Forward) -> Result<()> {
+    let RowBlocks { groups, rows, width, .. } = *job.blocks;
+    if groups * rows * width == 0 {
+        return Ok(());
+    }
+    let [scale, shift, gate] = of_one_dtype(job.vectors)?;
+    let vectors = [scale.as_ref(), shift.as_ref(), gate.as_ref()];
+    let (branch, sum) = job.gated.unzip();
+    let kind = Kind::new(width, &[Some(job.x), branch, sum, Some(job.output)], &vectors);
+    let team = Team::new(kind);
+    let kernel = cuda.kernel(&FORWARD, "normalize", &team.macros(kind))?;
+    let mut arguments = Arguments::new().with(job.x.address());
+    for tensor in [branch, sum, Some(job.output), job.statistics] {
+        arguments.push(address(tensor));
+    }
+    vectors.iter().for_each(|vector| push_vector(&mut arguments, *vector));
+    let arguments = arguments.with((groups * rows) as u32).with(rows as u32).with(width as i32);
+    let arguments = arguments.with(job.vectors.base).with(op.eps).with(i32::from(op.centered));
+    // SAFETY: the tensors are contiguous and of the shapes that the op checked, vectors have a row for each group.
+    unsafe { cuda.launch(kernel, team.launch(groups * rows), arguments)? };
+    Ok(())
+}
+
+pub(super) fn again(cuda: &CudaDevice, job: &Again) -> Result<()> {
+    let RowBlocks { groups, rows, width, .. } = *job.blocks;
+    if groups * rows * width == 0 {
+        return Ok(());
+    }
+    let [scale, shift, _] = of_one_dtype(job.vectors)?;
+    let vectors = [scale.as_ref(), shift.as_ref()];
+    let kind = Kind::new(width, &[Some(job.z), Some(job.output)], &vectors);
+    let team = Team::new(kind);
+    let kernel = cuda.kernel(&FORWARD, "normalize_again", &team.macros(kind))?;
+    let mut arguments = Arguments::new();
+    for tensor in [job.z, job.statistics, job.output] {
+        arguments.push(tensor.address());
+    }
+    vectors.iter().for_each(|vector| push_vector(&mut arguments, *vector));
+    let arguments = arguments.with((groups * rows) as u32).with(rows as u32).with(width as i32);
+    let arguments = arguments.with(job.vectors.base);
+    // SAFETY: as in `forward`.
+    unsafe { cuda.launch(kernel, team.launch(groups * rows), arguments)? };
+    Ok(())
+}
+
+/// Writes the gradients of z and the branch, and those of scale, shift and gate into `targets`.
+pub(super) fn backward(
+    cuda: &CudaDevice,
+    op: &RowNorm,
+    job: &Backward,
+    targets: [Option<&GradientTarget>; 3],
+) -> Result<()> {
+    let RowBlocks { groups, width, .. } = *job.blocks;
+    if groups * width == 0 {
+        return Ok(());
+    }
+    let [scale, _, gate] = of_one_dtype(job.vectors)?;
+    let vectors = [scale.as_ref(), gate.as_ref()];
+    let (branch, branch_gradient) = job.branch.unzip();
+    let rows =
+        [Some(job.z), Some(job.gradient), job.sum_gradient, Some(job.z_gradient), branch, branch_gradient];
+    let kind = Kind::new(width, &rows, &vectors);
+    let columns = Columns::new(kind);
+    let runs = Runs::new(job.blocks, columns.threads / 32, columns.rows);
+    let partial = runs.partial_sums(job.z.device(), if branch.is_some() { 3 } else { 2 })?;
+    let kernel = cuda.kernel(&BACKWARD, "normalize_backward", &columns.macros(kind))?;
+    let mut arguments = Arguments::new();
+    for tensor in [Some(job.z), Some(job.statistics), Some(job.gradient), job.sum_gradient] {
+        arguments.push(address(tensor));
+    }
+    for tensor in [Some(job.z_gradient), branch, branch_gradient] {
+        arguments.push(address(tensor));
+    }
+    vectors.iter().for_each(|vector| push_vector(&mut arguments, *vector));
+    let arguments = arguments.with(partial.address());
+    let arguments = arguments.with(runs.rows as u32).with(runs.run as u32).with(runs.per_group as u32);
+    let arguments = arguments.with(width as i32).with(job.vectors.base).with(i32::from(op.centered));
+    // SAFETY: as in `forward`; results share memory only with what the same thread has read before.
+    unsafe { cuda.launch(kernel, Launch::new(runs.count(), columns.threads), arguments)? };
+    sum_runs(cuda, &runs, &partial, op.sum_dtype(), targets)
+}
+
+pub(in crate::ops) fn variants() -> Vec<Variant> {
+    let mut all = Vec::new();
+    let kinds = [(DType::F32, DType::F32), (DType::BF16, DType::BF16), (DType::F16, DType::F32)];
+    for (element, vector) in kinds {
+        for (width, pack) in [(1152, 16 / element.size()), (384, 4), (37, 1), (9000, 16 / element.size())] {
+            let kind = Kind { element, vector, pack, width };
+            all.push(Variant { source: FORWARD, macros: Team::new(kind).macros(kind) });
+            all.push(Variant { source: BACKWARD, macros: Columns::new(kind).macros(kind) });
+        }
+    }
+    all
+}
