@@ -2,20 +2,23 @@
 //!
 //! One run goes through without a stop. Another, with another number of data workers, stops in the
 //! middle, writes a checkpoint, and is continued from it by a new process's worth of fresh objects on
-//! another number of threads. Losses, weights, moments, averages and samples must have the same bits.
+//! another number of threads. On a GPU both choose deterministic kernels, and the second run does not capture its
+//! steps, so that a replayed step is compared with a plain one too.
+//! Losses, weights, moments, averages and samples must have the same bits.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use anneal_nn::ParamStore;
 use anneal_optim::State;
-use anneal_recipe::Recipe;
+use anneal_recipe::{Recipe, Train};
 
 use crate::checkpoint::RunLock;
 use crate::error::{Result, TrainError};
 use crate::run::{Preview, sampling_rate};
+use crate::settings;
 use crate::state;
-use crate::trainer::Trainer;
+use crate::trainer::{StepOutcome, Trainer};
 
 /// What was compared and what differed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,6 +60,11 @@ pub fn verify_resume(
         let message = format!("the stop must lie within the run: between 1 and {}", options.steps - 1);
         return Err(TrainError::Settings { message });
     }
+    let on_gpu = settings::on_gpu(recipe);
+    let recipe = &Recipe {
+        train: Train { deterministic: on_gpu || recipe.train.deterministic, ..recipe.train.clone() },
+        ..recipe.clone()
+    };
     let mut whole = Trainer::new(recipe)?;
     let mut losses = Vec::new();
     advance(&mut whole, options.steps, &mut losses)?;
@@ -65,6 +73,7 @@ pub fn verify_resume(
 
     let mut other = recipe.clone();
     other.data.workers = if recipe.data.workers == 1 { 4 } else { 1 };
+    other.train.capture_steps = false;
     let mut losses = Vec::new();
     {
         let lock = RunLock::acquire(scratch)?;
@@ -72,7 +81,9 @@ pub fn verify_resume(
         advance(&mut stopped, options.stop_at, &mut losses)?;
         state::save(&stopped, &lock)?;
     }
-    other.device = if recipe.device == "cpu:1" { "cpu:3".into() } else { "cpu:1".into() };
+    if !on_gpu {
+        other.device = if recipe.device == "cpu:1" { "cpu:3".into() } else { "cpu:1".into() };
+    }
     let mut continued = Trainer::new(&other)?;
     state::resume(&mut continued, scratch, false)?;
     if continued.steps_done() != options.stop_at {
@@ -84,9 +95,11 @@ pub fn verify_resume(
 }
 
 fn advance(trainer: &mut Trainer, steps: u64, losses: &mut Vec<f64>) -> Result<()> {
+    let mut take = |outcomes: Vec<StepOutcome>| losses.extend(outcomes.iter().map(|outcome| outcome.loss));
     while trainer.steps_done() < steps {
-        losses.push(trainer.step()?.loss);
+        take(trainer.step()?);
     }
+    take(trainer.finish_steps()?);
     Ok(())
 }
 

@@ -130,13 +130,14 @@ impl Case {
             clip: None,
             ema_rates: vec![number(&self.golden.config()["ema_decay"])],
             ema_warmup: false,
+            scale_loss: false,
         };
         let mut optimizer = AdamW::new(&*self.store, options).unwrap();
         let mut losses = Vec::new();
         for step in 0..self.golden.f32("train.losses").0.len() {
             let total = &self.backward(&format!("train.{step}.t"), &format!("train.{step}.noise"), false)[2];
             losses.push(total.iter().sum::<f32>() / total.len() as f32);
-            let report = optimizer.step(&*self.store, number(&config["lr"])).unwrap();
+            let report = optimizer.step(&*self.store, number(&config["lr"])).unwrap().wait().unwrap();
             assert!(!report.skipped);
         }
         let read = |state| {

@@ -224,6 +224,7 @@ impl Case {
             clip,
             ema_rates: vec![0.9],
             ema_warmup: false,
+            scale_loss: false,
         };
         let mut optimizer = AdamW::new(&*store, options).unwrap();
         let mut trained = Trained::default();
@@ -231,7 +232,7 @@ impl Case {
             trained.losses.push(self.loss(model, &store, checkpoint).to_bits());
             store.finish_gradients().unwrap();
             trained.gradients.push(gradients(&*store));
-            assert!(!optimizer.step(&*store, 1e-2).unwrap().skipped);
+            assert!(!optimizer.step(&*store, 1e-2).unwrap().wait().unwrap().skipped);
         }
         for (id, spec) in store.parameters().iter() {
             trained.weights.insert(spec.name.clone(), bits(&store.read(id).unwrap()));

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anneal_recipe::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Trains, samples and inspects diffusion transformers.
@@ -37,14 +38,18 @@ pub enum Command {
 #[command(after_help = "Examples:
   anneal quickstart
   anneal quickstart --output runs/mine --device cpu:4
+  anneal quickstart --device cuda            (on the first NVIDIA GPU)
   anneal quickstart train.steps=200          (a shorter run, to look around)")]
 pub struct Quickstart {
     /// Run folder to write
     #[arg(long, default_value = "runs/quickstart")]
     pub output: PathBuf,
-    /// Where to compute: cpu, or cpu:THREADS
+    /// Where to compute: cpu, cpu:THREADS, cuda (the first GPU) or cuda:INDEX
     #[arg(long, default_value = "cpu")]
     pub device: String,
+    /// Most memory of the device to use, such as 8GiB
+    #[arg(long, value_name = "SIZE")]
+    pub memory_limit: Option<ByteSize>,
     /// Changes to the recipe, as dotted keys
     #[arg(value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
@@ -67,6 +72,9 @@ pub struct Train {
     /// Changes to the recipe, as dotted keys
     #[arg(value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
+    /// Most memory of the device to use, such as 8GiB
+    #[arg(long, value_name = "SIZE")]
+    pub memory_limit: Option<ByteSize>,
     /// Print the plan (model, memory, steps) and stop before training
     #[arg(long)]
     pub plan: bool,
@@ -156,9 +164,12 @@ pub struct Sample {
     /// Attention heads, for weights that are no preset and do not say
     #[arg(long)]
     pub heads: Option<usize>,
-    /// Where to compute: cpu, or cpu:THREADS
+    /// Where to compute: cpu, cpu:THREADS, cuda (the first GPU) or cuda:INDEX
     #[arg(long, default_value = "cpu")]
     pub device: String,
+    /// Most memory of the device to use, such as 8GiB
+    #[arg(long, value_name = "SIZE")]
+    pub memory_limit: Option<ByteSize>,
     /// fp32 or bf16
     #[arg(long, default_value = "fp32")]
     pub precision: Precision,
@@ -298,7 +309,7 @@ pub struct BenchModel {
     /// fp32 or bf16
     #[arg(long, default_value = "fp32")]
     pub precision: Precision,
-    /// Where to compute: cpu, or cpu:THREADS
+    /// Where to compute: cpu, cpu:THREADS, cuda (the first GPU) or cuda:INDEX
     #[arg(long, default_value = "cpu")]
     pub device: String,
     /// Measured repetitions

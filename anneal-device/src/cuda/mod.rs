@@ -14,6 +14,7 @@ mod graph;
 mod launch;
 mod libraries;
 mod profile;
+mod repeated;
 mod slab;
 mod transfer;
 
@@ -35,6 +36,7 @@ pub use graph::Graph;
 pub use launch::{Arguments, Kernel, Launch};
 pub use libraries::{Found, Libraries, Library};
 pub use profile::ProfileRow;
+pub use repeated::RepeatedWork;
 pub use transfer::PendingRead;
 
 use crate::DeviceError;

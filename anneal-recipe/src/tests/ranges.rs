@@ -74,7 +74,7 @@ const CASES: [(&str, &str, &str); 67] = [
     ("sample.sampler=flow_euler", "sample.sampler does not fit diffusion.kind gaussian; use ddim or another than flow_euler", TYPED),
     ("diffusion.kind=flow; sample.sampler=ddim", "sample.sampler does not fit diffusion.kind flow; use flow_euler", TYPED),
     ("name=''", "name is empty; give the run a name", TYPED),
-    ("device=' '", "device is empty; write cpu or cpu:2", TYPED),
+    ("device=' '", "device is empty; write cpu, cpu:2 or cuda", TYPED),
     ("output=''", "output is empty; name the run's folder", TYPED),
 ];
 

@@ -8,7 +8,7 @@ use anneal_data::npz::{Npz, Values};
 use anneal_diffusion::Process;
 use anneal_infer::{Pipeline, Request};
 use anneal_models::Denoiser;
-use anneal_recipe::{GuidanceMode, Sampler};
+use anneal_recipe::{ByteSize, GuidanceMode, Sampler};
 use anneal_tensor::Device;
 use anneal_train::report::progress::{Progress, Show};
 use anyhow::{Context, Result, bail};
@@ -34,7 +34,7 @@ pub struct Drawing {
 pub fn sample(arguments: &Sample) -> Result<ExitCode> {
     let out = arguments.out.clone().unwrap_or_else(|| PathBuf::from("samples.png"));
     output::check(&out)?;
-    let device = Device::parse(&arguments.device, None)?;
+    let device = Device::parse(&arguments.device, arguments.memory_limit.map(ByteSize::bytes))?;
     let opening = Opening {
         ema: arguments.ema.as_deref(),
         heads: arguments.heads,

@@ -25,7 +25,8 @@ const DIGITS: &str = include_str!("../../../recipes/digits.yaml");
 const QUICKSTART_SAMPLES: usize = 100;
 
 pub fn train(arguments: &Train) -> Result<ExitCode> {
-    let recipe = Recipe::load(&arguments.recipe, &arguments.overrides)?;
+    let mut recipe = Recipe::load(&arguments.recipe, &arguments.overrides)?;
+    recipe.memory_limit = arguments.memory_limit.or(recipe.memory_limit);
     if arguments.plan {
         print!("{}", Plan::new(&recipe)?);
         return Ok(ExitCode::SUCCESS);
@@ -54,19 +55,16 @@ pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
         format!("device={}", serde_json::to_string(&arguments.device)?),
     ];
     overrides.extend(arguments.overrides.iter().cloned());
-    let recipe = Recipe::from_yaml(DIGITS, "recipes/digits.yaml", &overrides)?;
+    let mut recipe = Recipe::from_yaml(DIGITS, "recipes/digits.yaml", &overrides)?;
+    recipe.memory_limit = arguments.memory_limit.or(recipe.memory_limit);
     let (report, code) = run_recipe(&recipe, false, false)?;
     print_report(&recipe, &report);
     if report.stopped {
         return Ok(code);
     }
     let out = arguments.output.join("samples.png");
-    let opening = Opening {
-        ema: None,
-        heads: None,
-        precision: Precision::Fp32,
-        device: anneal_tensor::Device::parse(&recipe.device, None)?,
-    };
+    let opening =
+        Opening { ema: None, heads: None, precision: Precision::Fp32, device: settings::device(&recipe)? };
     let source = source::open(&arguments.output, &opening)?;
     let drawing = Drawing {
         settings: SamplingSettings::of(&recipe.sample),
