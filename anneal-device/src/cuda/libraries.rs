@@ -9,6 +9,7 @@
 //! Not done: Windows and macOS, where CUDA devices are reported as missing.
 
 use std::collections::BTreeSet;
+use std::ffi::{CStr, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -73,6 +74,23 @@ impl Library {
 pub struct Found {
     /// Where; the bare name if the loader found it by itself.
     pub path: PathBuf,
+    /// As the loader gave it; the library is never closed.
+    handle: usize,
+}
+
+impl Found {
+    /// The address of a function of the library.
+    #[cfg(unix)]
+    pub(crate) fn symbol(&self, name: &CStr) -> Option<*const c_void> {
+        // SAFETY: the handle is the loader's, and is never closed.
+        let address = unsafe { libc::dlsym(self.handle as *mut c_void, name.as_ptr()) };
+        (!address.is_null()).then_some(address.cast_const())
+    }
+
+    #[cfg(not(unix))]
+    pub(crate) fn symbol(&self, _name: &CStr) -> Option<*const c_void> {
+        None
+    }
 }
 
 /// What was found, and where it was looked for.
@@ -116,7 +134,7 @@ fn open(library: Library, folders: &[PathBuf]) -> Option<Found> {
         let name = CString::new(path.as_os_str().as_encoded_bytes()).ok()?;
         // SAFETY: NVIDIA's libraries may be opened at any time; the handle is kept for ever.
         let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-        (!handle.is_null()).then(|| Found { path: path.to_path_buf() })
+        (!handle.is_null()).then(|| Found { path: path.to_path_buf(), handle: handle as usize })
     };
     let names = library.file_names();
     let by_loader = || names.iter().find_map(|name| open(Path::new(name)));
