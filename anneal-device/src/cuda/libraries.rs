@@ -45,15 +45,36 @@ impl Library {
         }
     }
 
-    /// What it is for, and how to get it.
-    pub fn hint(self) -> &'static str {
+    /// What the engine does with it.
+    pub fn purpose(self) -> &'static str {
+        match self {
+            Library::Driver => "runs everything on the GPU",
+            Library::NvrtcBuiltins | Library::Nvrtc => "compiles kernels",
+            Library::CublasLt => "multiplies matrices",
+            Library::Cudnn => "attention over long sequences",
+            Library::Nccl => "several devices together",
+        }
+    }
+
+    /// Where one gets it.
+    pub fn source(self) -> &'static str {
         match self {
             Library::Driver => "comes with NVIDIA's driver",
-            Library::NvrtcBuiltins | Library::Nvrtc => "compiles kernels: pip install nvidia-cuda-nvrtc",
-            Library::CublasLt => "multiplies matrices: pip install nvidia-cublas",
-            Library::Cudnn => "attention over long sequences, optional: pip install nvidia-cudnn-cu13",
-            Library::Nccl => "several devices, optional: pip install nvidia-nccl-cu13",
+            Library::NvrtcBuiltins | Library::Nvrtc => "pip install nvidia-cuda-nvrtc",
+            Library::CublasLt => "pip install nvidia-cublas",
+            Library::Cudnn => "pip install nvidia-cudnn-cu13",
+            Library::Nccl => "pip install nvidia-nccl-cu13",
         }
+    }
+
+    /// Whether the engine does without it.
+    pub fn is_optional(self) -> bool {
+        matches!(self, Library::Cudnn | Library::Nccl)
+    }
+
+    /// What it is for, and how to get it.
+    pub fn hint(self) -> String {
+        format!("{}: {}", self.purpose(), self.source())
     }
 
     /// File names that a loader may know, newest first.
@@ -163,8 +184,9 @@ fn folders() -> Vec<PathBuf> {
         all.extend(python_folders(&site));
     }
     all.push("/usr/local/cuda/lib64".into());
+    // `lib64` is often a link to `lib`.
     let mut seen = BTreeSet::new();
-    all.retain(|folder| folder.is_dir() && seen.insert(folder.clone()));
+    all.retain(|folder| folder.canonicalize().is_ok_and(|path| path.is_dir() && seen.insert(path)));
     all
 }
 

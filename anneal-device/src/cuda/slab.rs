@@ -294,6 +294,7 @@ impl Owner for Alone {
             sys::cuCtxSynchronize();
             sys::cuMemFree_v2(pointer.as_ptr() as u64);
         }
+        super::CURRENT.set(self.slab.context as usize);
     }
 }
 
