@@ -294,6 +294,16 @@ fn few_heads_are_cut_along_the_queries() {
 }
 
 #[test]
+fn head_dims_of_an_odd_number_of_eights_and_several_blocks_of_keys() {
+    for (queries, keys, dim) in [(70, 270, 72), (257, 40, 8), (33, 140, 104)] {
+        let case = Case { scale: 0.125, ..Case::new(2, queries, keys, 2, dim) };
+        case.check(&format!("attention {queries} x {keys} x {dim}"), &case.inputs());
+    }
+    let case = Case { scale: -0.125, ..Case::new(2, 65, 300, 2, 72) }.masked();
+    case.check("attention with a bias, several blocks of keys", &case.with_bias(1, 2));
+}
+
+#[test]
 fn large_blocks_with_bias_and_mask() {
     for (batch, heads) in [(1, 1), (3, 1), (1, 2), (3, 2)] {
         let case = Case { scale: 0.125, ..Case::new(3, 130, 150, 2, 24) };

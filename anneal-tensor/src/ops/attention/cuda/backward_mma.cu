@@ -29,12 +29,13 @@ constexpr int COLUMN_TILES = (CHUNKS + COLUMN_GROUPS - 1) / COLUMN_GROUPS;
 static_assert(COLUMN_GROUPS * ROW_GROUPS == WARPS, "warps share dq evenly");
 
 /// `dv += p^T do` (or `dk += ds^T q`) over the queries of `columns`.
-__device__ __forceinline__ void add_products(float (&c)[M_TILES][CHUNKS][4], const u32 (&left)[SUB_TILES / 2][M_TILES][4], u32 columns) {
+__device__ __forceinline__ void add_products(
+    float (&c)[M_TILES][CHUNKS][4], const u32 (&left)[SUB_TILES / 2][M_TILES][4], u32 columns) {
 #pragma unroll
     for (int k = 0; k < SUB_TILES / 2; k++) multiply_columns<0>(c, left[k], columns + k * 16 * ROW_BYTES);
 }
 
-__device__ __forceinline__ void store_ds(const u32 (&left)[SUB_TILES / 2][M_TILES][4], const Place& at, u32 tile) {
+__device__ __forceinline__ void store_ds(const u32 (&left)[SUB_TILES / 2][M_TILES][4], const Place &at, u32 tile) {
 #pragma unroll
     for (int k = 0; k < SUB_TILES / 2; k++)
 #pragma unroll
@@ -48,7 +49,8 @@ __device__ __forceinline__ void store_ds(const u32 (&left)[SUB_TILES / 2][M_TILE
 }
 
 /// All that a warp does with `SUB_QUERIES` queries of a block for its own keys.
-__device__ __forceinline__ void walk_queries(KeyGradients& sums, const Arguments& a, const Place& at, int block, int sub) {
+__device__ __forceinline__ void walk_queries(
+    KeyGradients &sums, const Arguments &a, const Place &at, int block, int sub) {
     const u32 own = own_row(at.warp, 0) * ROW_BYTES;
     const u32 queries = query_tile(at, block) + sub * SUB_QUERIES * ROW_BYTES;
     const u32 upstream = upstream_tile(at, block) + sub * SUB_QUERIES * ROW_BYTES;
@@ -76,9 +78,10 @@ __device__ __forceinline__ void walk_queries(KeyGradients& sums, const Arguments
 
 /// `dq = ds k` for 16 queries and the eights `FIRST..FIRST + COUNT` of columns.
 template <int FIRST, int COUNT>
-__device__ __forceinline__ void query_gradients(const Arguments& a, const Place& at, int block) {
+__device__ __forceinline__ void query_gradients(const Arguments &a, const Place &at, int block) {
     const int rows = at.warp % ROW_GROUPS * 16;
-    const u32 ds = ds_tile(at, block) + (at.lane % 8 + at.lane / 16 * 8) * DS_ROW_BYTES + at.lane / 8 % 2 * 16 + rows * 2;
+    const u32 ds =
+        ds_tile(at, block) + (at.lane % 8 + at.lane / 16 * 8) * DS_ROW_BYTES + at.lane / 8 % 2 * 16 + rows * 2;
     const u32 columns = column_address(key_tile(at));
     float c[1][COUNT][4];
     clear(c);
@@ -92,7 +95,7 @@ __device__ __forceinline__ void query_gradients(const Arguments& a, const Place&
 }
 
 template <int GROUP = 0>
-__device__ __forceinline__ void query_gradients_of_warp(const Arguments& a, const Place& at, int block) {
+__device__ __forceinline__ void query_gradients_of_warp(const Arguments &a, const Place &at, int block) {
     constexpr int FIRST = GROUP * COLUMN_TILES;
     constexpr int COUNT = CHUNKS - FIRST < COLUMN_TILES ? CHUNKS - FIRST : COLUMN_TILES;
     if constexpr (GROUP < COLUMN_GROUPS && COUNT > 0) {
@@ -101,7 +104,7 @@ __device__ __forceinline__ void query_gradients_of_warp(const Arguments& a, cons
     }
 }
 
-__device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
+__device__ __forceinline__ void visit_keys(const Arguments &a, Place &at) {
     LogSums log_sums;
     start_keys(a, at);
     start_queries(a, at, 0, log_sums);
@@ -132,7 +135,8 @@ __device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
     store_key_gradients(sums, a, at);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward_mma(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    attention_backward_mma(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) unsigned char shared[];
     visit_share(a, shared_address(shared));
 }

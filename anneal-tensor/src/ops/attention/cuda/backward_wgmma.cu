@@ -24,7 +24,7 @@ struct QuerySums {
 };
 
 /// Starts `dq = ds k` of a block.
-__device__ __forceinline__ void start_query_gradients(QuerySums& c, const Place& at, int block) {
+__device__ __forceinline__ void start_query_gradients(QuerySums &c, const Place &at, int block) {
     const Operand ds = chunk_operand(ds_tile(at, block), 128, DS_CHUNK_BYTES);
     const Operand panels = panel_operand(key_tile(at) + at.warp / 4 * SHARE * 16);
     const Operand rest = chunk_operand(key_tile(at) + PANELS * KeyLayout::PANEL_BYTES, 128, KeyLayout::CHUNK_BYTES);
@@ -33,34 +33,38 @@ __device__ __forceinline__ void start_query_gradients(QuerySums& c, const Place&
     for (int k = 0; k < KEY_ROWS / 16; k++) {
 #pragma unroll
         for (int panel = 0; panel < PANELS; panel++)
-            Product<SHARE>::shared<1, 1>(c.panel[panel], ds.at(k * 256), panels.at(panel * KeyLayout::PANEL_BYTES + k * 2048), k > 0);
+            Product<SHARE>::shared<1, 1>(
+                c.panel[panel], ds.at(k * 256), panels.at(panel * KeyLayout::PANEL_BYTES + k * 2048), k > 0);
         if constexpr (REST > 0)
             Product<REST_TILES>::shared<1, 1>(c.rest[0], ds.at(k * 256), rest.at(k * 256), k > 0);
     }
     commit_products();
 }
 
-__device__ __forceinline__ void end_query_gradients(QuerySums& c, const Arguments& a, const Place& at, int block) {
+__device__ __forceinline__ void end_query_gradients(QuerySums &c, const Arguments &a, const Place &at, int block) {
     hold(c.panel);
     hold(c.rest);
     if (a.query_gradient.data == nullptr) return;
     const int row = block * QUERY_BLOCK + at.warp % 4 * 16, group = at.warp / 4;
 #pragma unroll
-    for (int panel = 0; panel < PANELS; panel++) finish_queries<SHARE>(c.panel[panel], a, at, row, 8 * panel + group * SHARE);
+    for (int panel = 0; panel < PANELS; panel++)
+        finish_queries<SHARE>(c.panel[panel], a, at, row, 8 * panel + group * SHARE);
     if constexpr (REST > 0)
         if (group == GROUPS - 1) finish_queries<REST_TILES>(c.rest[0], a, at, row, 8 * PANELS);
 }
 
 /// Four 8 x 8 matrices of `ds^T` at once: keys along rows, 16 queries.
-__device__ __forceinline__ void store_ds(const u32 (&left)[4], const Place& at, u32 tile, int m, int first_chunk) {
+__device__ __forceinline__ void store_ds(const u32 (&left)[4], const Place &at, u32 tile, int m, int first_chunk) {
     const int row = own_row(at.warp, m) + at.lane / 8 % 2 * 8 + at.lane % 8;
     const u32 address = tile + (first_chunk + at.lane / 16) * DS_CHUNK_BYTES + row * 16;
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(left[0]), "r"(left[1]),
-                 "r"(left[2]), "r"(left[3]) : "memory");
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(left[0]),
+                 "r"(left[1]), "r"(left[2]), "r"(left[3])
+                 : "memory");
 }
 
 /// `dv += p^T do` or `dk += ds^T q`, started.
-__device__ __forceinline__ void start_sums(float (&c)[CHUNKS][4], const u32 (&left)[SUB_TILES / 2][1][4], u32 tile, int row) {
+__device__ __forceinline__ void start_sums(
+    float (&c)[CHUNKS][4], const u32 (&left)[SUB_TILES / 2][1][4], u32 tile, int row) {
     begin_products();
     multiply_columns<QueryLayout>(c, left, tile, row);
     commit_products();
@@ -69,9 +73,10 @@ __device__ __forceinline__ void start_sums(float (&c)[CHUNKS][4], const u32 (&le
 /// What one tile of 64 keys does with `SUB_QUERIES` queries of a block. It ends with products running, under
 /// which the next walk begins; more of them at once than these would not fit beside the sums in registers.
 __device__ __forceinline__ void walk_queries(
-    KeyGradients& sums, const Arguments& a, const Place& at, int block, int sub, int m) {
+    KeyGradients &sums, const Arguments &a, const Place &at, int block, int sub, int m) {
     const int key_row = at.warp / 4 * GROUP_KEYS + m * 64, query_row = sub * SUB_QUERIES;
-    const u32 queries = query_tile(at, block), upstream = upstream_tile(at, block), zeros = at.shared + ZEROS_OFFSET;
+    const u32 queries = query_tile(at, block), upstream = upstream_tile(at, block),
+              zeros = at.shared + ZEROS_OFFSET;
     const int first_query = block * QUERY_BLOCK + sub * SUB_QUERIES;
     Scores<1> s, dp;
     begin_products();
@@ -100,14 +105,14 @@ __device__ __forceinline__ void walk_queries(
 }
 
 /// `dq` of a block of queries whose `ds^T` all warpgroups have stored.
-__device__ __forceinline__ void make_query_gradients(const Arguments& a, const Place& at, int block) {
+__device__ __forceinline__ void make_query_gradients(const Arguments &a, const Place &at, int block) {
     QuerySums dq;
     start_query_gradients(dq, at, block);
     wait_products<0>();
     end_query_gradients(dq, a, at, block);
 }
 
-__device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
+__device__ __forceinline__ void visit_keys(const Arguments &a, Place &at) {
     LogSums log_sums;
     start_keys(a, at);
     start_queries(a, at, 0, log_sums);
@@ -140,7 +145,8 @@ __device__ __forceinline__ void visit_keys(const Arguments& a, Place& at) {
     store_key_gradients(sums, a, at);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward_wgmma(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    attention_backward_wgmma(const __grid_constant__ Arguments a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere an empty kernel that nobody starts
     extern __shared__ __align__(1024) unsigned char shared[];
     visit_share(a, shared_address(shared));

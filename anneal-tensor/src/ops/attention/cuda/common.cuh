@@ -26,7 +26,7 @@ constexpr float LOG2_E = 1.4426950408889634f;  // exp(x) = 2^(x log2 e)
 
 /// Rows `[B, N or M, H, D]`; strides in elements, the last one is 1.
 struct Rows {
-    element* data;
+    element *data;
     i64 batch, token, head;
 };
 
@@ -36,17 +36,17 @@ struct Arguments {
     Rows query, key, value, output;
     Rows output_gradient, query_gradient, key_gradient, value_gradient;
     /// `[1 or B, 1 or H, N, M]`; strides in elements, 0 where it is broadcast, the last one is 1.
-    const bias_element* bias;
+    const bias_element *bias;
     i64 bias_batch, bias_head, bias_query;
     /// u8 `[B, M]`, 0 hides a key.
-    const unsigned char* mask;
+    const unsigned char *mask;
     i64 mask_batch;
     /// `[B, H, N]`: natural logarithm of the sum of exponentials; +inf for a query that sees no key.
-    float* log_sums;
+    float *log_sums;
     /// `[parts, B, H, N, D]`: sums of `ds k` over each part's keys, without the scale.
-    float* query_partial;
+    float *query_partial;
     /// `[B, H, N, M]`: `ds`, or null.
-    float* bias_partial;
+    float *bias_partial;
     int batch, heads, queries, keys;
     float scale;
 };
@@ -58,21 +58,21 @@ __device__ __forceinline__ float exp2_fast(float value) {
 }
 
 /// Strides are 64-bit: a batch of long sequences has more than 2^31 elements.
-__device__ __forceinline__ element* head_of(const Rows& rows, int b, int h) {
+__device__ __forceinline__ element *head_of(const Rows &rows, int b, int h) {
     return rows.data + b * rows.batch + h * rows.head;
 }
 
 /// Position of the first query of a head in `[B, H, N]`.
-__device__ __forceinline__ i64 head_index(const Arguments& a, int b, int h) {
+__device__ __forceinline__ i64 head_index(const Arguments &a, int b, int h) {
     return (i64(b) * a.heads + h) * a.queries;
 }
 
-__device__ __forceinline__ bool key_visible(const Arguments& a, int b, int m) {
+__device__ __forceinline__ bool key_visible(const Arguments &a, int b, int m) {
     return m < a.keys && (a.mask == nullptr || a.mask[b * a.mask_batch + m] != 0);
 }
 
 /// The bias times log2 e: scores are kept to the base 2.
-__device__ __forceinline__ float bias_at(const Arguments& a, int b, int h, int n, int m) {
+__device__ __forceinline__ float bias_at(const Arguments &a, int b, int h, int n, int m) {
     if (!HAS_BIAS) return 0.0f;
     if (n >= a.queries || m >= a.keys) return 0.0f;
     const i64 index = b * a.bias_batch + h * a.bias_head + n * a.bias_query + m;

@@ -19,7 +19,7 @@ constexpr int QUERY_ROWS = WARP_ROWS * WARPS;
 constexpr int STAGE_BYTES = 2 * KEY_BLOCK * ROW_BYTES;
 constexpr int DEPTHS = DEPTH_16 + DEPTH_8;
 
-__device__ __forceinline__ void start_block(const Arguments& a, const Position& at, u32 stages, int block) {
+__device__ __forceinline__ void start_block(const Arguments &a, const Position &at, u32 stages, int block) {
     const u32 stage = stages + block % STAGES * STAGE_BYTES;
     const int first = block * KEY_BLOCK;
     copy_rows<TileLayout, KEY_BLOCK, THREADS>(stage, head_of(a.key, at.b, at.h), a.key.token, first, a.keys);
@@ -49,7 +49,8 @@ __device__ __forceinline__ void compute_scores(
     if constexpr (DEPTH_8) multiply_rows_8(s, q[DEPTHS - 1], keys);
 }
 
-__device__ __forceinline__ void add_values(RowState& state, const float (&p)[M_TILES][KEY_TILES][4], u32 value_tile) {
+__device__ __forceinline__ void add_values(
+    RowState &state, const float (&p)[M_TILES][KEY_TILES][4], u32 value_tile) {
     const u32 columns = column_address(value_tile);
 #pragma unroll
     for (int k = 0; k < KEY_TILES / 2; k++) {
@@ -59,9 +60,11 @@ __device__ __forceinline__ void add_values(RowState& state, const float (&p)[M_T
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forward_mma(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    attention_forward_mma(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) unsigned char shared[];
-    const Position at = {int(blockIdx.z), int(blockIdx.y), int(blockIdx.x) * QUERY_ROWS, warp_index(), int(threadIdx.x % 32)};
+    const Position at = {
+        int(blockIdx.z), int(blockIdx.y), int(blockIdx.x) * QUERY_ROWS, warp_index(), int(threadIdx.x % 32)};
     const u32 query_tile = shared_address(shared);
     const u32 warp_queries = query_tile + at.warp * WARP_ROWS * ROW_BYTES;
     const u32 stages = query_tile + QUERY_ROWS * ROW_BYTES;
@@ -69,7 +72,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
     const float log2_scale = fmaxf(fabsf(a.scale) * LOG2_E, 1e-30f);  // never infinity times zero
     const float factor = HAS_BIAS ? 1.0f : log2_scale;
 
-    copy_rows<TileLayout, QUERY_ROWS, THREADS>(query_tile, head_of(a.query, at.b, at.h), a.query.token, at.first_query, a.queries);
+    copy_rows<TileLayout, QUERY_ROWS, THREADS>(
+        query_tile, head_of(a.query, at.b, at.h), a.query.token, at.first_query, a.queries);
     for (int block = 0; block < STAGES - 1; block++) {
         if (block < blocks) start_block(a, at, stages, block);
         commit_copies();

@@ -8,25 +8,27 @@
 // attention_forward_wgmma(Arguments): as attention_forward_mma.
 //   grid   (ceil(queries / (64 GROUPS)), heads, batch)
 //   block  128 GROUPS threads
-//   shared 2 HEAD_DIM (64 GROUPS + 2 STAGES KEY_BLOCK) + 16 max(64, KEY_BLOCK) + 16 STAGES bytes
-// Macros beside those of common.cuh: GROUPS (warpgroups), KEY_BLOCK (64 or 128), STAGES (blocks of keys in flight, at least 3), MIN_BLOCKS (resident on a multiprocessor).
+//   shared 2 HEAD_DIM (64 GROUPS + 2 STAGES KEY_BLOCK) + 1024 + 16 STAGES bytes
+// Macros beside those of common.cuh: GROUPS (warpgroups), M_TILES (1), KEY_BLOCK (64), STAGES (blocks of keys in
+// flight, at least 3), MIN_BLOCKS (resident on a multiprocessor).
 
 constexpr int THREADS = 128 * GROUPS;
 constexpr int QUERY_ROWS = 64 * GROUPS;
 typedef PanelLayout<QUERY_ROWS> QueryLayout;
 typedef PanelLayout<KEY_BLOCK> KeyLayout;
 constexpr int KEY_BYTES = KeyLayout::BYTES;
-static_assert(KEY_BYTES % 1024 == 0, "tiles start at multiples of 1024");
+static_assert(KEY_BLOCK == 64 && M_TILES == 1, "products of 64 by 64 scores");
 constexpr int STAGE_BYTES = 2 * KEY_BYTES;
 constexpr int STAGES_OFFSET = QueryLayout::BYTES;
-constexpr int ZERO_ROWS = KEY_BLOCK > 64 ? KEY_BLOCK : 64;
+constexpr int ZERO_ROWS = 64;
 constexpr int ZEROS_OFFSET = STAGES_OFFSET + STAGES * STAGE_BYTES;
 
-__device__ __forceinline__ void start_block(const Arguments& a, const Position& at, u32 stages, int block) {
+__device__ __forceinline__ void start_block(const Arguments &a, const Position &at, u32 stages, int block) {
     const u32 stage = stages + block % STAGES * STAGE_BYTES;
     const int first = block * KEY_BLOCK;
     copy_rows<KeyLayout, KEY_BLOCK, THREADS>(stage, head_of(a.key, at.b, at.h), a.key.token, first, a.keys);
-    copy_rows<KeyLayout, KEY_BLOCK, THREADS>(stage + KEY_BYTES, head_of(a.value, at.b, at.h), a.value.token, first, a.keys);
+    copy_rows<KeyLayout, KEY_BLOCK, THREADS>(
+        stage + KEY_BYTES, head_of(a.value, at.b, at.h), a.value.token, first, a.keys);
 }
 
 /// Maxima are taken of unscaled scores, which needs a scale that is not negative.
@@ -37,10 +39,12 @@ __device__ __forceinline__ void negate(float (&s)[1][KEY_TILES][4]) {
         for (int i = 0; i < 4; i++) s[0][n][i] = -s[0][n][i];
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forward_wgmma(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    attention_forward_wgmma(const __grid_constant__ Arguments a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere an empty kernel that nobody starts
     extern __shared__ __align__(1024) unsigned char shared[];
-    const Position at = {int(blockIdx.z), int(blockIdx.y), int(blockIdx.x) * QUERY_ROWS, warp_index(), int(threadIdx.x % 32)};
+    const Position at = {
+        int(blockIdx.z), int(blockIdx.y), int(blockIdx.x) * QUERY_ROWS, warp_index(), int(threadIdx.x % 32)};
     const u32 query_tile = shared_address(shared), stages = query_tile + STAGES_OFFSET;
     const u32 zeros = query_tile + ZEROS_OFFSET, full = zeros + ZERO_ROWS * 16, empty = full + STAGES * 8;
     const int blocks = (a.keys + KEY_BLOCK - 1) / KEY_BLOCK;
@@ -54,7 +58,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_forw
     clear_zeros<ZERO_ROWS>(zeros);
     publish();
     __syncthreads();
-    copy_rows<QueryLayout, QUERY_ROWS, THREADS>(query_tile, head_of(a.query, at.b, at.h), a.query.token, at.first_query, a.queries);
+    copy_rows<QueryLayout, QUERY_ROWS, THREADS>(
+        query_tile, head_of(a.query, at.b, at.h), a.query.token, at.first_query, a.queries);
     for (int block = 0; block < min(STAGES, blocks); block++) {
         start_block(a, at, stages, block);
         arrive_with_copies(full + block * 8);

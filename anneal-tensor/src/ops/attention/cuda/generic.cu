@@ -24,11 +24,11 @@ constexpr int SCORES = TILE / LANES;  // of a row, each thread's
 
 /// Tiles in shared memory: rows of queries or keys, and scores of every row with every other.
 struct Tiles {
-    float* rows[4];
-    float* scores[2];
-    float* statistics[2];
+    float *rows[4];
+    float *scores[2];
+    float *statistics[2];
 
-    __device__ explicit Tiles(float* shared) {
+    __device__ explicit Tiles(float *shared) {
         for (int i = 0; i < 4; i++) rows[i] = shared + i * TILE * PITCH;
         for (int i = 0; i < 2; i++) scores[i] = shared + 4 * TILE * PITCH + i * TILE * (TILE + 1);
         for (int i = 0; i < 2; i++) statistics[i] = shared + 4 * TILE * PITCH + 2 * TILE * (TILE + 1) + i * TILE;
@@ -41,8 +41,8 @@ struct Own {
 };
 
 /// Rows from `limit` on become zeros.
-__device__ void load_tile(float* tile, const Rows& rows, const Own& own, int first, int limit) {
-    const element* head = head_of(rows, own.b, own.h);
+__device__ void load_tile(float *tile, const Rows &rows, const Own &own, int first, int limit) {
+    const element *head = head_of(rows, own.b, own.h);
     for (int i = threadIdx.x; i < TILE * HEAD_DIM; i += THREADS) {
         const int row = i / HEAD_DIM, column = i % HEAD_DIM;
         const bool valid = first + row < limit;
@@ -50,7 +50,7 @@ __device__ void load_tile(float* tile, const Rows& rows, const Own& own, int fir
     }
 }
 
-__device__ float dot(const float* left, const float* right) {
+__device__ float dot(const float *left, const float *right) {
     float sum = 0.0f;
     for (int d = 0; d < HEAD_DIM; d++) sum += left[d] * right[d];
     return sum;
@@ -68,14 +68,15 @@ __device__ float max_over_row(float value) {
 }
 
 /// To the base 2; minus infinity where the query does not see the key.
-__device__ float score(const Arguments& a, const Own& own, const float* query, const float* key, int n, int m) {
+__device__ float score(const Arguments &a, const Own &own, const float *query, const float *key, int n, int m) {
     if (!key_visible(a, own.b, m)) return NEGATIVE_INFINITY;
     return dot(query, key) * (a.scale * LOG2_E) + bias_at(a, own.b, own.h, n, m);
 }
 
-__device__ void store_row(const Rows& rows, const Own& own, const float (&sums)[COLUMNS], float factor, int row, int limit) {
+__device__ void store_row(
+    const Rows &rows, const Own &own, const float (&sums)[COLUMNS], float factor, int row, int limit) {
     if (row >= limit || rows.data == nullptr) return;
-    element* to = head_of(rows, own.b, own.h) + row * rows.token;
+    element *to = head_of(rows, own.b, own.h) + row * rows.token;
     for (int c = 0; c < COLUMNS; c++) {
         const int column = own.lane + c * LANES;
         if (column < HEAD_DIM) to[column] = from_float<element>(sums[c] * factor);
@@ -83,7 +84,7 @@ __device__ void store_row(const Rows& rows, const Own& own, const float (&sums)[
 }
 
 /// `sums += weights[j] * rows[j]` over a tile.
-__device__ void add_rows(float (&sums)[COLUMNS], const float* weights, const float* rows, const Own& own) {
+__device__ void add_rows(float (&sums)[COLUMNS], const float *weights, const float *rows, const Own &own) {
     for (int j = 0; j < TILE; j++) {
         const float weight = weights[j];
 #pragma unroll
@@ -94,7 +95,8 @@ __device__ void add_rows(float (&sums)[COLUMNS], const float* weights, const flo
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_forward_generic(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_forward_generic(const __grid_constant__ Arguments a) {
     extern __shared__ float shared[];
     const Tiles tiles(shared);
     const Own own;
@@ -118,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_forward_generic(
         maximum = largest;
         total *= shrink;
         for (int c = 0; c < COLUMNS; c++) sums[c] *= shrink;
-        float* weights = tiles.scores[0] + own.row * (TILE + 1);
+        float *weights = tiles.scores[0] + own.row * (TILE + 1);
         for (int i = 0; i < SCORES; i++) {
             const float p = exp2f(s[i] - base);
             total += p;
@@ -130,15 +132,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_forward_generic(
     total = sum_over_row(total);
     store_row(a.output, own, sums, total == 0.0f ? 0.0f : 1.0f / total, n, a.queries);
     if (a.log_sums != nullptr && own.lane == 0 && n < a.queries)
-        a.log_sums[head_index(a, own.b, own.h) + n] = total == 0.0f ? INFINITY_F32 : (maximum + log2f(total)) / LOG2_E;
+        a.log_sums[head_index(a, own.b, own.h) + n] =
+            total == 0.0f ? INFINITY_F32 : (maximum + log2f(total)) / LOG2_E;
 }
 
 /// Log-sums to the base 2 and row sums of `do * o` of a tile of queries, `do` being in `upstream`.
-__device__ void load_statistics(const Tiles& tiles, const Arguments& a, const Own& own, const float* upstream, int first) {
+__device__ void load_statistics(
+    const Tiles &tiles, const Arguments &a, const Own &own, const float *upstream, int first) {
     const int n = first + own.row;
     float sum = 0.0f, log_sum = INFINITY_F32;
     if (n < a.queries) {
-        const element* output = head_of(a.output, own.b, own.h) + n * a.output.token;
+        const element *output = head_of(a.output, own.b, own.h) + n * a.output.token;
         for (int d = own.lane; d < HEAD_DIM; d += LANES) sum += upstream[own.row * PITCH + d] * to_float(output[d]);
         log_sum = a.log_sums[head_index(a, own.b, own.h) + n] * LOG2_E;
     }
@@ -148,7 +152,8 @@ __device__ void load_statistics(const Tiles& tiles, const Arguments& a, const Ow
     tiles.statistics[1][own.row] = sum;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_queries_generic(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_backward_queries_generic(const __grid_constant__ Arguments a) {
     extern __shared__ float shared[];
     const Tiles tiles(shared);
     const Own own;
@@ -163,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_queries
         load_tile(tiles.rows[2], a.key, own, start, a.keys);
         load_tile(tiles.rows[3], a.value, own, start, a.keys);
         __syncthreads();
-        float* weights = tiles.scores[0] + own.row * (TILE + 1);
+        float *weights = tiles.scores[0] + own.row * (TILE + 1);
         for (int i = 0; i < SCORES; i++) {
             const int j = own.lane + i * LANES, m = start + j;
             const float s = score(a, own, tiles.rows[0] + own.row * PITCH, tiles.rows[2] + j * PITCH, n, m);
@@ -180,7 +185,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_queries
     store_row(a.query_gradient, own, sums, a.scale, n, a.queries);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_keys_generic(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_backward_keys_generic(const __grid_constant__ Arguments a) {
     extern __shared__ float shared[];
     const Tiles tiles(shared);
     const Own own;
@@ -195,8 +201,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_keys_ge
         __syncthreads();
         load_statistics(tiles, a, own, tiles.rows[3], start);
         __syncthreads();
-        float* p_row = tiles.scores[0] + own.row * (TILE + 1);
-        float* ds_row = tiles.scores[1] + own.row * (TILE + 1);
+        float *p_row = tiles.scores[0] + own.row * (TILE + 1);
+        float *ds_row = tiles.scores[1] + own.row * (TILE + 1);
         for (int i = 0; i < SCORES; i++) {
             const int j = own.lane + i * LANES;
             const float s = score(a, own, tiles.rows[2] + j * PITCH, tiles.rows[0] + own.row * PITCH, start + j, m);

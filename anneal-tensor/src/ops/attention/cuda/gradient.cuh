@@ -34,30 +34,41 @@ struct KeyGradients {
     float key[M_TILES][CHUNKS][4], value[M_TILES][CHUNKS][4];
 };
 
-__device__ __forceinline__ u32 key_tile(const Place& at) { return at.shared; }
-__device__ __forceinline__ u32 value_tile(const Place& at) { return at.shared + KEY_BYTES; }
-__device__ __forceinline__ u32 query_tile(const Place& at, int block) { return at.shared + QUERY_OFFSET + block % 2 * QUERY_BYTES; }
-__device__ __forceinline__ u32 upstream_tile(const Place& at, int block) { return at.shared + UPSTREAM_OFFSET + block % 2 * QUERY_BYTES; }
-__device__ __forceinline__ u32 output_tile(const Place& at) { return at.shared + OUTPUT_OFFSET; }
-__device__ __forceinline__ u32 ds_tile(const Place& at, int block) { return at.shared + DS_OFFSET + block % DS_BUFFERS * DS_BYTES; }
-__device__ __forceinline__ u32 statistics(const Place& at, int block) { return at.shared + STATISTICS_OFFSET + block % 2 * STATISTICS_BYTES; }
+__device__ __forceinline__ u32 key_tile(const Place &at) { return at.shared; }
+__device__ __forceinline__ u32 value_tile(const Place &at) { return at.shared + KEY_BYTES; }
+__device__ __forceinline__ u32 query_tile(const Place &at, int block) {
+    return at.shared + QUERY_OFFSET + block % 2 * QUERY_BYTES;
+}
+__device__ __forceinline__ u32 upstream_tile(const Place &at, int block) {
+    return at.shared + UPSTREAM_OFFSET + block % 2 * QUERY_BYTES;
+}
+__device__ __forceinline__ u32 output_tile(const Place &at) { return at.shared + OUTPUT_OFFSET; }
+__device__ __forceinline__ u32 ds_tile(const Place &at, int block) {
+    return at.shared + DS_OFFSET + block % DS_BUFFERS * DS_BYTES;
+}
+__device__ __forceinline__ u32 statistics(const Place &at, int block) {
+    return at.shared + STATISTICS_OFFSET + block % 2 * STATISTICS_BYTES;
+}
 
 /// Log-sums of the rows that this thread copies; plus infinity past the end makes `p` zero there.
 struct LogSums {
     float of[ROW_PASSES];
 };
 
-__device__ __forceinline__ void start_keys(const Arguments& a, const Place& at) {
-    copy_rows<KeyLayout, KEY_ROWS, THREADS>(key_tile(at), head_of(a.key, at.b, at.h), a.key.token, at.first_key, a.keys);
-    copy_rows<KeyLayout, KEY_ROWS, THREADS>(value_tile(at), head_of(a.value, at.b, at.h), a.value.token, at.first_key, a.keys);
+__device__ __forceinline__ void start_keys(const Arguments &a, const Place &at) {
+    copy_rows<KeyLayout, KEY_ROWS, THREADS>(
+        key_tile(at), head_of(a.key, at.b, at.h), a.key.token, at.first_key, a.keys);
+    copy_rows<KeyLayout, KEY_ROWS, THREADS>(
+        value_tile(at), head_of(a.value, at.b, at.h), a.value.token, at.first_key, a.keys);
 }
 
-__device__ __forceinline__ void start_queries(const Arguments& a, const Place& at, int block, LogSums& log_sums) {
+__device__ __forceinline__ void start_queries(const Arguments &a, const Place &at, int block, LogSums &log_sums) {
     const int first = block * QUERY_BLOCK;
     copy_rows<QueryLayout, QUERY_BLOCK, THREADS>(
         query_tile(at, block), head_of(a.query, at.b, at.h), a.query.token, first, a.queries);
     copy_own_rows<QueryLayout, QUERY_BLOCK, THREADS>(
-        upstream_tile(at, block), head_of(a.output_gradient, at.b, at.h), a.output_gradient.token, first, a.queries);
+        upstream_tile(at, block), head_of(a.output_gradient, at.b, at.h), a.output_gradient.token, first,
+        a.queries);
     copy_own_rows<QueryLayout, QUERY_BLOCK, THREADS>(
         output_tile(at), head_of(a.output, at.b, at.h), a.output.token, first, a.queries);
     commit_copies();
@@ -83,7 +94,7 @@ __device__ __forceinline__ float dot_of_chunk(u32 left, u32 right) {
 
 /// Row sums of `do * o` and log-sums, as pairs. A thread reads only what it copied itself, so its
 /// own copies need to have arrived, not those of others.
-__device__ __forceinline__ void write_statistics(const Place& at, int block, const LogSums& log_sums) {
+__device__ __forceinline__ void write_statistics(const Place &at, int block, const LogSums &log_sums) {
 #pragma unroll
     for (int pass = 0; pass < ROW_PASSES; pass++) {
         const int row = pass * (THREADS / LANES_PER_ROW) + threadIdx.x / LANES_PER_ROW;
@@ -99,7 +110,8 @@ __device__ __forceinline__ void write_statistics(const Place& at, int block, con
         sum += __shfl_xor_sync(~0u, sum, 2);
         if (threadIdx.x % LANES_PER_ROW == 0)
             asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(statistics(at, block) + row * 8),
-                         "f"(log_sums.of[pass] * LOG2_E), "f"(sum) : "memory");
+                         "f"(log_sums.of[pass] * LOG2_E), "f"(sum)
+                         : "memory");
     }
 }
 
@@ -107,16 +119,16 @@ __device__ __forceinline__ void write_statistics(const Place& at, int block, con
 template <int M> using Scores = float[M][SUB_TILES][4];
 
 /// Key and query of a thread's score `[m][n][i]`; `tile` is the first of the `M` tiles.
-__device__ __forceinline__ int key_of(const Place& at, int tile, int i) {
+__device__ __forceinline__ int key_of(const Place &at, int tile, int i) {
     return at.first_key + own_row(at.warp, tile) + i / 2 * 8 + at.lane / 4;
 }
 
-__device__ __forceinline__ int query_of(const Place& at, int first_query, int n, int i) {
+__device__ __forceinline__ int query_of(const Place &at, int first_query, int n, int i) {
     return first_query + n * 8 + at.lane % 4 * 2 + i % 2;
 }
 
 /// `p` where the key is hidden is zero; past the end of the keys the exponential may be infinite.
-template <int M> __device__ __forceinline__ void hide_keys(Scores<M>& p, const Place& at, int tile) {
+template <int M> __device__ __forceinline__ void hide_keys(Scores<M> &p, const Place &at, int tile) {
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -128,7 +140,8 @@ template <int M> __device__ __forceinline__ void hide_keys(Scores<M>& p, const P
 }
 
 template <int M>
-__device__ __forceinline__ void add_bias(Scores<M>& s, const Arguments& a, const Place& at, int tile, int first_query, float factor) {
+__device__ __forceinline__ void add_bias(
+    Scores<M> &s, const Arguments &a, const Place &at, int tile, int first_query, float factor) {
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -140,8 +153,9 @@ __device__ __forceinline__ void add_bias(Scores<M>& s, const Arguments& a, const
 }
 
 template <int M>
-__device__ __forceinline__ void store_bias_gradient(const Scores<M>& ds, const Arguments& a, const Place& at, int tile, int first_query) {
-    float* head = a.bias_partial + head_index(a, at.b, at.h) * a.keys;
+__device__ __forceinline__ void store_bias_gradient(
+    const Scores<M> &ds, const Arguments &a, const Place &at, int tile, int first_query) {
+    float *head = a.bias_partial + head_index(a, at.b, at.h) * a.keys;
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -157,12 +171,14 @@ __device__ __forceinline__ void store_bias_gradient(const Scores<M>& ds, const A
 struct Columns {
     float log_sum[SUB_TILES][2], delta[SUB_TILES][2];
 
-    __device__ __forceinline__ void load(const Place& at, u32 pairs) {
+    __device__ __forceinline__ void load(const Place &at, u32 pairs) {
 #pragma unroll
         for (int n = 0; n < SUB_TILES; n++) {
             const u32 address = pairs + n * 64 + at.lane % 4 * 16;
             asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
-                         : "=f"(log_sum[n][0]), "=f"(delta[n][0]), "=f"(log_sum[n][1]), "=f"(delta[n][1]) : "r"(address) : "memory");
+                         : "=f"(log_sum[n][0]), "=f"(delta[n][0]), "=f"(log_sum[n][1]), "=f"(delta[n][1])
+                         : "r"(address)
+                         : "memory");
         }
     }
 };
@@ -170,7 +186,8 @@ struct Columns {
 /// Scores become `p^T`.
 template <int M>
 __device__ __forceinline__ void make_probabilities(
-    Scores<M>& s, const Columns& columns, const Arguments& a, const Place& at, int tile, int first_query, float log2_scale) {
+    Scores<M> &s, const Columns &columns, const Arguments &a, const Place &at, int tile, int first_query,
+    float log2_scale) {
     if constexpr (HAS_BIAS) add_bias<M>(s, a, at, tile, first_query, log2_scale);
     const float factor = HAS_BIAS ? 1.0f : log2_scale;
 #pragma unroll
@@ -185,7 +202,8 @@ __device__ __forceinline__ void make_probabilities(
 /// `dp^T` becomes `ds^T`.
 template <int M>
 __device__ __forceinline__ void make_gradients(
-    Scores<M>& dp, const Scores<M>& p, const Columns& columns, const Arguments& a, const Place& at, int tile, int first_query) {
+    Scores<M> &dp, const Scores<M> &p, const Columns &columns, const Arguments &a, const Place &at, int tile,
+    int first_query) {
 #pragma unroll
     for (int n = 0; n < SUB_TILES; n++)
 #pragma unroll
@@ -197,7 +215,7 @@ __device__ __forceinline__ void make_gradients(
 }
 
 /// `*sums += (x, y)` without waiting for it.
-__device__ __forceinline__ void add_in_memory(float* sums, float x, float y) {
+__device__ __forceinline__ void add_in_memory(float *sums, float x, float y) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("red.global.add.v2.f32 [%0], {%1,%2};" ::"l"(sums), "f"(x), "f"(y) : "memory");
 #else
@@ -211,22 +229,23 @@ __device__ __forceinline__ void add_in_memory(float* sums, float x, float y) {
 /// whose stores and additions to it keep their order: this is no race, and the sum is always the same.
 template <int COUNT>
 __device__ __forceinline__ void finish_queries(
-    const float (&c)[COUNT][4], const Arguments& a, const Place& at, int first_row, int first_tile) {
+    const float (&c)[COUNT][4], const Arguments &a, const Place &at, int first_row, int first_tile) {
     const bool final = at.last_visit && gridDim.x == 1;
-    float* partial = a.query_partial + blockIdx.x * (i64(a.batch) * a.heads * a.queries * HEAD_DIM);
+    float *partial = a.query_partial + blockIdx.x * (i64(a.batch) * a.heads * a.queries * HEAD_DIM);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int row = first_row + i * 8 + at.lane / 4, first_column = first_tile * 8 + at.lane % 4 * 2;
         if (row >= a.queries) continue;
-        float* sums = partial + (head_index(a, at.b, at.h) + row) * HEAD_DIM + first_column;
-        element* to = head_of(a.query_gradient, at.b, at.h) + (row * u32(a.query_gradient.token) + first_column);
+        float *sums = partial + (head_index(a, at.b, at.h) + row) * HEAD_DIM + first_column;
+        element *to = head_of(a.query_gradient, at.b, at.h) + (row * u32(a.query_gradient.token) + first_column);
 #pragma unroll
         for (int n = 0; n < COUNT; n++) {
             const float x = c[n][2 * i], y = c[n][2 * i + 1];
-            float2* sum = reinterpret_cast<float2*>(sums + n * 8);
+            float2 *sum = reinterpret_cast<float2 *>(sums + n * 8);
             if (final) {
                 const float2 before = at.first_visit ? make_float2(0.0f, 0.0f) : __ldcg(sum);
-                *reinterpret_cast<u32*>(to + n * 8) = word_of_pair<element>((before.x + x) * a.scale, (before.y + y) * a.scale);
+                *reinterpret_cast<u32 *>(to + n * 8) =
+                    word_of_pair<element>((before.x + x) * a.scale, (before.y + y) * a.scale);
             } else if (at.first_visit) {
                 *sum = make_float2(x, y);
             } else {
@@ -236,7 +255,7 @@ __device__ __forceinline__ void finish_queries(
     }
 }
 
-__device__ __forceinline__ void find_visible(const Arguments& a, Place& at) {
+__device__ __forceinline__ void find_visible(const Arguments &a, Place &at) {
     at.visible = 0;
     at.all_visible = a.mask == nullptr && at.first_key + KEY_ROWS <= a.keys;
 #pragma unroll
@@ -245,24 +264,26 @@ __device__ __forceinline__ void find_visible(const Arguments& a, Place& at) {
 }
 
 /// Both go through the warp's own rows of values, which no other warp reads any more.
-__device__ __forceinline__ void store_key_gradients(const KeyGradients& sums, const Arguments& a, const Place& at) {
+__device__ __forceinline__ void store_key_gradients(const KeyGradients &sums, const Arguments &a, const Place &at) {
 #pragma unroll
     for (int m = 0; m < M_TILES; m++) {
         const int row = own_row(at.warp, m), first = at.first_key + row;
         const float one[1][2] = {{1.0f, 1.0f}}, scale[1][2] = {{a.scale, a.scale}};
         if (a.value_gradient.data != nullptr)
-            store_rows<KeyLayout, 1>(reinterpret_cast<const float(&)[1][CHUNKS][4]>(sums.value[m]), one, value_tile(at), row,
-                                     head_of(a.value_gradient, at.b, at.h), a.value_gradient.token, first, a.keys);
+            store_rows<KeyLayout, 1>(
+                reinterpret_cast<const float (&)[1][CHUNKS][4]>(sums.value[m]), one, value_tile(at), row,
+                head_of(a.value_gradient, at.b, at.h), a.value_gradient.token, first, a.keys);
         if (a.key_gradient.data != nullptr)
-            store_rows<KeyLayout, 1>(reinterpret_cast<const float(&)[1][CHUNKS][4]>(sums.key[m]), scale, value_tile(at), row,
-                                     head_of(a.key_gradient, at.b, at.h), a.key_gradient.token, first, a.keys);
+            store_rows<KeyLayout, 1>(
+                reinterpret_cast<const float (&)[1][CHUNKS][4]>(sums.key[m]), scale, value_tile(at), row,
+                head_of(a.key_gradient, at.b, at.h), a.key_gradient.token, first, a.keys);
     }
 }
 
-__device__ __forceinline__ void visit_keys(const Arguments& a, Place& at);
+__device__ __forceinline__ void visit_keys(const Arguments &a, Place &at);
 
 /// This block's share of the keys, block after block.
-__device__ __forceinline__ void visit_share(const Arguments& a, u32 shared) {
+__device__ __forceinline__ void visit_share(const Arguments &a, u32 shared) {
     Place at;
     at.b = blockIdx.z;
     at.h = blockIdx.y;

@@ -17,22 +17,30 @@ struct TileLayout {
 
 __device__ __forceinline__ void load_4(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
 }
 
-__device__ __forceinline__ void load_2(u32& r0, u32& r1, u32 address) {
+__device__ __forceinline__ void load_2(u32 &r0, u32 &r1, u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(r0), "=r"(r1) : "r"(address) : "memory");
+                 : "=r"(r0), "=r"(r1)
+                 : "r"(address)
+                 : "memory");
 }
 
 __device__ __forceinline__ void load_4_transposed(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
 }
 
-__device__ __forceinline__ void load_2_transposed(u32& r0, u32& r1, u32 address) {
+__device__ __forceinline__ void load_2_transposed(u32 &r0, u32 &r1, u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(r0), "=r"(r1) : "r"(address) : "memory");
+                 : "=r"(r0), "=r"(r1)
+                 : "r"(address)
+                 : "memory");
 }
 
 #if ELEMENT_IS_BF16
@@ -42,16 +50,19 @@ __device__ __forceinline__ void load_2_transposed(u32& r0, u32& r1, u32 address)
 #endif
 
 /// `c += a b`: 16 x 16 times 16 x 8.
-__device__ __forceinline__ void multiply_16(float (&c)[4], const u32* a, u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+__device__ __forceinline__ void multiply_16(float (&c)[4], const u32 *a, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPE
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /// `c += a b`: 16 x 8 times 8 x 8.
 __device__ __forceinline__ void multiply_8(float (&c)[4], u32 a0, u32 a1, u32 b) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." MMA_TYPE ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." MMA_TYPE
+                 ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(b));
 }
 
 /// This lane's address for `load_4` of 16 rows x 2 chunks, rows first: the left factor.
@@ -84,7 +95,8 @@ struct Right {
 
 /// `c += left right^T` over 16 columns from `depth * 16`: 16 `M` rows by 8 `N` rows.
 template <int M, int N>
-__device__ __forceinline__ void multiply_rows_16(float (&c)[M][N][4], const u32 (&a)[M][4], const Right& right, int depth) {
+__device__ __forceinline__ void multiply_rows_16(
+    float (&c)[M][N][4], const u32 (&a)[M][4], const Right &right, int depth) {
     static_assert(N % 2 == 0, "right rows are loaded by sixteens");
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
@@ -100,7 +112,7 @@ __device__ __forceinline__ void multiply_rows_16(float (&c)[M][N][4], const u32 
 
 /// The same over the last odd 8 columns.
 template <int M, int N>
-__device__ __forceinline__ void multiply_rows_8(float (&c)[M][N][4], const u32 (&a)[M][4], const Right& right) {
+__device__ __forceinline__ void multiply_rows_8(float (&c)[M][N][4], const u32 (&a)[M][4], const Right &right) {
 #pragma unroll
     for (int n = 0; n < N; n += 4) {
         u32 b[4];
@@ -116,7 +128,7 @@ __device__ __forceinline__ void multiply_rows_8(float (&c)[M][N][4], const u32 (
 
 /// `c += left right^T`, the left factor's `left_address` given, in shared memory as well.
 template <int M, int N>
-__device__ __forceinline__ void multiply_rows(float (&c)[M][N][4], u32 left, const Right& right) {
+__device__ __forceinline__ void multiply_rows(float (&c)[M][N][4], u32 left, const Right &right) {
     u32 a[M][4];
 #pragma unroll
     for (int depth = 0; depth < DEPTH_16; depth++) {
@@ -148,4 +160,3 @@ __device__ __forceinline__ void multiply_columns(float (&c)[M][N][4], const u32 
         }
     }
 }
-

@@ -214,42 +214,70 @@ pub(super) fn backward(
         gradients.bias.as_ref().map(|_| workspace(&[batch, heads, queries, keys])).transpose()?;
     parameters.bias_partial = bias_partial.as_ref().map_or(std::ptr::null_mut(), Tensor::address);
 
-    let macros = of_operands(dim, operands);
     let inputs = [&operands.query, &operands.key, &operands.value, &saved.output, &saved.upstream];
     let tensors: Vec<&Tensor> = inputs.into_iter().chain(wanted.into_iter().flatten()).collect();
-    let family = Family::of(cuda.properties(), &tensors);
-    let geometry = Geometry::backward(family, dim, cuda.properties());
-    let own = [macros.clone(), geometry.macros()].concat();
-    if family == Family::Plain {
-        let mut both =
-            [("attention_backward_queries_generic", queries), ("attention_backward_keys_generic", keys)]
-                .into_iter();
-        both.try_for_each(|(name, rows)| {
-            let launch = geometry.launch([rows.div_ceil(geometry.rows), heads, batch]);
-            start(cuda, (&GENERIC, name), &own, launch, Arguments::new().with(parameters))
-        })?;
-    } else {
-        let kernel = match family {
-            Family::Warpgroups => (&BACKWARD_WGMMA, "attention_backward_wgmma"),
-            _ => (&BACKWARD_MMA, "attention_backward_mma"),
-        };
-        let blocks = keys.div_ceil(geometry.rows);
-        let parts = geometry::parts(blocks, batch * heads, cuda.properties().multiprocessors);
-        let partial = (blocks > 1 && gradients.query.is_some())
-            .then(|| workspace(&[parts, batch, heads, queries, dim]))
-            .transpose()?;
-        parameters.query_partial = partial.as_ref().map_or(std::ptr::null_mut(), Tensor::address);
-        start(cuda, kernel, &own, geometry.launch([parts, heads, batch]), Arguments::new().with(parameters))?;
-        if parts > 1 && gradients.query.is_some() {
-            let arguments = Arguments::new().with(parameters).with(parts as i32);
-            let launch = Launch::new([(queries * dim).div_ceil(256), heads, batch], 256);
-            start(cuda, (&REDUCE, "attention_reduce_queries"), &macros, launch, arguments)?;
+    let macros = of_operands(dim, operands);
+    match Family::of(cuda.properties(), &tensors) {
+        Family::Plain => backward_plain(cuda, &op.sizes, &macros, parameters)?,
+        family => {
+            let query = gradients.query.as_ref();
+            backward_on_tensor_cores(cuda, family, &op.sizes, &macros, parameters, query)?;
         }
     }
     match &gradients.bias {
         Some(bias) => reduce_bias(cuda, &op.sizes, &macros, parameters, bias),
         None => Ok(()),
     }
+}
+
+fn backward_plain(
+    cuda: &CudaDevice,
+    sizes: &Sizes,
+    macros: &[(&'static str, String)],
+    parameters: Parameters,
+) -> Result<()> {
+    let geometry = Geometry::forward(Family::Plain, sizes.dim);
+    let macros = [macros.to_vec(), geometry.macros()].concat();
+    let over_queries = ("attention_backward_queries_generic", sizes.queries);
+    let over_keys = ("attention_backward_keys_generic", sizes.keys);
+    for (name, rows) in [over_queries, over_keys] {
+        let launch = geometry.launch([rows.div_ceil(geometry.rows), sizes.heads, sizes.batch]);
+        start(cuda, (&GENERIC, name), &macros, launch, Arguments::new().with(parameters))?;
+    }
+    Ok(())
+}
+
+/// One kernel makes all gradients; where it deals the keys to several parts, another adds their `dq`.
+fn backward_on_tensor_cores(
+    cuda: &CudaDevice,
+    family: Family,
+    sizes: &Sizes,
+    macros: &[(&'static str, String)],
+    mut parameters: Parameters,
+    query: Option<&Tensor>,
+) -> Result<()> {
+    let Sizes { batch, queries, keys, heads, dim } = *sizes;
+    let kernel = match family {
+        Family::Warpgroups => (&BACKWARD_WGMMA, "attention_backward_wgmma"),
+        _ => (&BACKWARD_MMA, "attention_backward_mma"),
+    };
+    let geometry = Geometry::backward(family, dim, cuda.properties());
+    let own = [macros.to_vec(), geometry.macros()].concat();
+    let blocks = keys.div_ceil(geometry.rows);
+    let parts = geometry::parts(blocks, batch * heads, cuda.properties().multiprocessors);
+    let sums = [parts, batch, heads, queries, dim];
+    let partial = query
+        .filter(|_| blocks > 1)
+        .map(|query| Tensor::empty_for(query.device(), &sums, DType::F32, Purpose::Workspace))
+        .transpose()?;
+    parameters.query_partial = partial.as_ref().map_or(std::ptr::null_mut(), Tensor::address);
+    start(cuda, kernel, &own, geometry.launch([parts, heads, batch]), Arguments::new().with(parameters))?;
+    if parts > 1 && query.is_some() {
+        let arguments = Arguments::new().with(parameters).with(parts as i32);
+        let launch = Launch::new([(queries * dim).div_ceil(256), heads, batch], 256);
+        start(cuda, (&REDUCE, "attention_reduce_queries"), macros, launch, arguments)?;
+    }
+    Ok(())
 }
 
 /// Zeros in a contiguous tensor.

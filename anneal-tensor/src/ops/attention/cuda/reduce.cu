@@ -12,8 +12,8 @@ extern "C" __global__ void attention_reduce_queries(const __grid_constant__ Argu
     const int b = blockIdx.z, h = blockIdx.y;
     const i64 count = i64(a.queries) * HEAD_DIM;
     const i64 part_size = count * a.heads * a.batch;
-    const float* head = a.query_partial + head_index(a, b, h) * HEAD_DIM;
-    element* to = head_of(a.query_gradient, b, h);
+    const float *head = a.query_partial + head_index(a, b, h) * HEAD_DIM;
+    element *to = head_of(a.query_gradient, b, h);
     for (i64 i = i64(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += i64(gridDim.x) * blockDim.x) {
         float sum = 0.0f;
         for (int part = 0; part < parts; part++) sum += head[part * part_size + i];
@@ -22,11 +22,12 @@ extern "C" __global__ void attention_reduce_queries(const __grid_constant__ Argu
 }
 
 #if HAS_BIAS
-extern "C" __global__ void attention_reduce_bias(const __grid_constant__ Arguments a, bias_element* gradient, int b_size, int h_size) {
+extern "C" __global__ void attention_reduce_bias(
+    const __grid_constant__ Arguments a, bias_element *gradient, int b_size, int h_size) {
     const i64 count = i64(a.queries) * a.keys;
     const int b_first = blockIdx.z, b_end = b_size == 1 ? a.batch : b_first + 1;
     const int h_first = blockIdx.y, h_end = h_size == 1 ? a.heads : h_first + 1;
-    bias_element* to = gradient + (i64(b_first) * h_size + h_first) * count;
+    bias_element *to = gradient + (i64(b_first) * h_size + h_first) * count;
     for (i64 i = i64(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += i64(gridDim.x) * blockDim.x) {
         float sum = 0.0f;
         for (int b = b_first; b < b_end; b++)

@@ -20,7 +20,7 @@ struct Position {
 
 /// Adds the bias, which makes the scores scaled ones.
 __device__ __forceinline__ void add_bias(
-    float (&s)[M_TILES][KEY_TILES][4], const Arguments& a, const Position& at, int first_key, float factor) {
+    float (&s)[M_TILES][KEY_TILES][4], const Arguments &a, const Position &at, int first_key, float factor) {
 #pragma unroll
     for (int m = 0; m < M_TILES; m++)
 #pragma unroll
@@ -34,7 +34,7 @@ __device__ __forceinline__ void add_bias(
 }
 
 __device__ __forceinline__ void hide_keys(
-    float (&s)[M_TILES][KEY_TILES][4], const Arguments& a, const Position& at, int first_key) {
+    float (&s)[M_TILES][KEY_TILES][4], const Arguments &a, const Position &at, int first_key) {
 #pragma unroll
     for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
@@ -57,7 +57,7 @@ __device__ __forceinline__ float row_sum(float value) {
 }
 
 /// Scores become `2^(factor s - maximum)`; sums and outputs of earlier blocks shrink to the new maximum.
-__device__ __forceinline__ void softmax_block(RowState& state, float (&s)[M_TILES][KEY_TILES][4], float factor) {
+__device__ __forceinline__ void softmax_block(RowState &state, float (&s)[M_TILES][KEY_TILES][4], float factor) {
 #pragma unroll
     for (int m = 0; m < M_TILES; m++)
 #pragma unroll
@@ -89,7 +89,7 @@ __device__ __forceinline__ void softmax_block(RowState& state, float (&s)[M_TILE
 /// Stores outputs and log-sums; `tile` has room for the rows of all warps.
 template <class LAYOUT>
 __device__ __forceinline__ void finish(
-    const RowState& state, const Arguments& a, const Position& at, u32 tile, float factor) {
+    const RowState &state, const Arguments &a, const Position &at, u32 tile, float factor) {
     const int first = at.first_query + at.warp * WARP_ROWS;
     float inverse[M_TILES][2];
 #pragma unroll
@@ -104,10 +104,12 @@ __device__ __forceinline__ void finish(
             const float log_sum = (state.maximum[m][i] * factor + log2f(sum)) / LOG2_E;
             a.log_sums[head_index(a, at.b, at.h) + row] = sum == 0.0f ? INFINITY_F32 : log_sum;
         }
-    store_rows<LAYOUT>(state.output, inverse, tile, at.warp * WARP_ROWS, head_of(a.output, at.b, at.h), a.output.token, first, a.queries);
+    store_rows<LAYOUT>(
+        state.output, inverse, tile, at.warp * WARP_ROWS, head_of(a.output, at.b, at.h), a.output.token, first,
+        a.queries);
 }
 
-__device__ __forceinline__ void clear_state(RowState& state) {
+__device__ __forceinline__ void clear_state(RowState &state) {
     clear(state.output);
 #pragma unroll
     for (int m = 0; m < M_TILES; m++)
@@ -117,4 +119,3 @@ __device__ __forceinline__ void clear_state(RowState& state) {
             state.sum[m][i] = 0.0f;
         }
 }
-

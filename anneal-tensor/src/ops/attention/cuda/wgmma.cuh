@@ -10,7 +10,8 @@
 
 constexpr int PANELS = HEAD_DIM / 64;
 constexpr int REST = HEAD_DIM % 64 / 8;  // chunks beyond the panels
-constexpr int REST_TILES = REST > 0 ? REST : 1, PANEL_COUNT = PANELS > 0 ? PANELS : 1;  // for arrays, never empty
+// For arrays, which are never empty.
+constexpr int REST_TILES = REST > 0 ? REST : 1, PANEL_COUNT = PANELS > 0 ? PANELS : 1;
 
 template <int ROW_COUNT> struct PanelLayout {
     static constexpr int ROWS = ROW_COUNT;
@@ -30,7 +31,9 @@ struct Operand {
 };
 
 /// Of a panel: groups of 8 rows are 1024 bytes apart.
-__device__ __forceinline__ Operand panel_operand(u32 address) { return {address >> 4 | 1 << 16, 1024 >> 4 | 1 << 30}; }
+__device__ __forceinline__ Operand panel_operand(u32 address) {
+    return {address >> 4 | 1 << 16, 1024 >> 4 | 1 << 30};
+}
 
 /// Of single chunks: `leading` and `stride` are those of the manual, by which operand leads.
 __device__ __forceinline__ Operand chunk_operand(u32 address, u32 leading, u32 stride) {
@@ -73,14 +76,6 @@ template <int TILES> struct Product;
 #define RESULTS_6(c) RESULTS_5(c), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3])
 #define RESULTS_7(c) RESULTS_6(c), "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3])
 #define RESULTS_8(c) RESULTS_7(c), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
-#define RESULTS_9(c) RESULTS_8(c), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3])
-#define RESULTS_10(c) RESULTS_9(c), "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3])
-#define RESULTS_11(c) RESULTS_10(c), "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3])
-#define RESULTS_12(c) RESULTS_11(c), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3])
-#define RESULTS_13(c) RESULTS_12(c), "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3])
-#define RESULTS_14(c) RESULTS_13(c), "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3])
-#define RESULTS_15(c) RESULTS_14(c), "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3])
-#define RESULTS_16(c) RESULTS_15(c), "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
 #define NAMES_1 "%0,%1,%2,%3"
 #define NAMES_2 NAMES_1 ",%4,%5,%6,%7"
 #define NAMES_3 NAMES_2 ",%8,%9,%10,%11"
@@ -89,32 +84,30 @@ template <int TILES> struct Product;
 #define NAMES_6 NAMES_5 ",%20,%21,%22,%23"
 #define NAMES_7 NAMES_6 ",%24,%25,%26,%27"
 #define NAMES_8 NAMES_7 ",%28,%29,%30,%31"
-#define NAMES_9 NAMES_8 ",%32,%33,%34,%35"
-#define NAMES_10 NAMES_9 ",%36,%37,%38,%39"
-#define NAMES_11 NAMES_10 ",%40,%41,%42,%43"
-#define NAMES_12 NAMES_11 ",%44,%45,%46,%47"
-#define NAMES_13 NAMES_12 ",%48,%49,%50,%51"
-#define NAMES_14 NAMES_13 ",%52,%53,%54,%55"
-#define NAMES_15 NAMES_14 ",%56,%57,%58,%59"
-#define NAMES_16 NAMES_15 ",%60,%61,%62,%63"
 
-#define DEFINE_PRODUCT(TILES, N, I0, I1, I2, I3, I4, I5, I6)                                                     \
-    template <> struct Product<TILES> {                                                                          \
-        template <int TA, int TB>                                                                                \
-        static __device__ __forceinline__ void shared(float (&c)[TILES][4], u64 a, u64 b, int add) {             \
-            asm volatile("{.reg .pred p; setp.ne.b32 p, " I2 ", 0;"                                              \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." WGMMA_TYPE " {" NAMES_##TILES "}, "   \
-                         I0 ", " I1 ", p, 1, 1, " I3 ", " I4 ";}"                                                \
-                         : RESULTS_##TILES(c) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB) : "memory");          \
-        }                                                                                                        \
-        template <int TB>                                                                                        \
-        static __device__ __forceinline__ void registers(float (&c)[TILES][4], const u32 (&a)[4], u64 b, int add) { \
-            asm volatile("{.reg .pred p; setp.ne.b32 p, " I5 ", 0;"                                              \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." WGMMA_TYPE " {" NAMES_##TILES "}, {"  \
-                         I0 "," I1 "," I2 "," I3 "}, " I4 ", p, 1, 1, " I6 ";}"                                  \
-                         : RESULTS_##TILES(c)                                                                    \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TB) : "memory");    \
-        }                                                                                                        \
+#define DEFINE_PRODUCT(TILES, N, I0, I1, I2, I3, I4, I5, I6)                                             \
+    template <> struct Product<TILES> {                                                                  \
+        template <int TA, int TB>                                                                        \
+        static __device__ __forceinline__ void shared(float (&c)[TILES][4], u64 a, u64 b, int add) {     \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, " I2                                             \
+                         ", 0;"                                                                          \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." WGMMA_TYPE " {" NAMES_##TILES \
+                         "}, " I0 ", " I1 ", p, 1, 1, " I3 ", " I4 ";}"                                  \
+                         : RESULTS_##TILES(c)                                                            \
+                         : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB)                                    \
+                         : "memory");                                                                    \
+        }                                                                                                \
+        template <int TB>                                                                                \
+        static __device__ __forceinline__ void registers(                                                \
+            float (&c)[TILES][4], const u32 (&a)[4], u64 b, int add) {                                   \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, " I5                                             \
+                         ", 0;"                                                                          \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." WGMMA_TYPE " {" NAMES_##TILES \
+                         "}, {" I0 "," I1 "," I2 "," I3 "}, " I4 ", p, 1, 1, " I6 ";}"                   \
+                         : RESULTS_##TILES(c)                                                            \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TB)         \
+                         : "memory");                                                                    \
+        }                                                                                                \
     };
 
 DEFINE_PRODUCT(1, 8, "%4", "%5", "%6", "%7", "%8", "%9", "%10")
@@ -125,34 +118,29 @@ DEFINE_PRODUCT(5, 40, "%20", "%21", "%22", "%23", "%24", "%25", "%26")
 DEFINE_PRODUCT(6, 48, "%24", "%25", "%26", "%27", "%28", "%29", "%30")
 DEFINE_PRODUCT(7, 56, "%28", "%29", "%30", "%31", "%32", "%33", "%34")
 DEFINE_PRODUCT(8, 64, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
-DEFINE_PRODUCT(9, 72, "%36", "%37", "%38", "%39", "%40", "%41", "%42")
-DEFINE_PRODUCT(10, 80, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
-DEFINE_PRODUCT(11, 88, "%44", "%45", "%46", "%47", "%48", "%49", "%50")
-DEFINE_PRODUCT(12, 96, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
-DEFINE_PRODUCT(13, 104, "%52", "%53", "%54", "%55", "%56", "%57", "%58")
-DEFINE_PRODUCT(14, 112, "%56", "%57", "%58", "%59", "%60", "%61", "%62")
-DEFINE_PRODUCT(15, 120, "%60", "%61", "%62", "%63", "%64", "%65", "%66")
-DEFINE_PRODUCT(16, 128, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 
 /// `N` consecutive tiles of results.
-template <int N, int ALL> __device__ __forceinline__ float (&part(float (&c)[ALL][4], int first))[N][4] {
-    return reinterpret_cast<float(&)[N][4]>(c[first]);
-}
+template <int N, int ALL>
+__device__ __forceinline__ float (&part(float (&c)[ALL][4], int first))
+    [N][4] { return reinterpret_cast<float (&)[N][4]>(c[first]); }
 
 /// `c = left right^T` over the head dim: rows `left_row..+64` by rows `right_row..+8 N`. `zeros` is a chunk of
 /// zero rows that follows both tiles in memory and completes an odd last chunk.
 template <class LEFT, class RIGHT, int N>
-__device__ __forceinline__ void multiply_rows(float (&c)[N][4], u32 left, int left_row, u32 right, int right_row, u32 zeros) {
+__device__ __forceinline__
+    void multiply_rows(float (&c)[N][4], u32 left, int left_row, u32 right, int right_row, u32 zeros) {
     const Operand x = panel_operand(left + left_row * 128), y = panel_operand(right + right_row * 128);
 #pragma unroll
     for (int depth = 0; depth < 4 * PANELS; depth++)
         Product<N>::template shared<0, 0>(
-            c, x.at(depth / 4 * LEFT::PANEL_BYTES + depth % 4 * 32), y.at(depth / 4 * RIGHT::PANEL_BYTES + depth % 4 * 32), depth > 0);
+            c, x.at(depth / 4 * LEFT::PANEL_BYTES + depth % 4 * 32),
+            y.at(depth / 4 * RIGHT::PANEL_BYTES + depth % 4 * 32), depth > 0);
     const u32 left_rest = left + PANELS * LEFT::PANEL_BYTES + left_row * 16;
     const u32 right_rest = right + PANELS * RIGHT::PANEL_BYTES + right_row * 16;
 #pragma unroll
     for (int chunk = 0; chunk < REST; chunk += 2) {
-        const u32 left_chunk = left_rest + chunk * LEFT::CHUNK_BYTES, right_chunk = right_rest + chunk * RIGHT::CHUNK_BYTES;
+        const u32 left_chunk = left_rest + chunk * LEFT::CHUNK_BYTES,
+                  right_chunk = right_rest + chunk * RIGHT::CHUNK_BYTES;
         const bool whole = chunk + 2 <= REST;
         const Operand x = chunk_operand(left_chunk, whole ? LEFT::CHUNK_BYTES : zeros - left_chunk, 128);
         const Operand y = chunk_operand(right_chunk, whole ? RIGHT::CHUNK_BYTES : zeros - right_chunk, 128);
@@ -160,23 +148,28 @@ __device__ __forceinline__ void multiply_rows(float (&c)[N][4], u32 left, int le
     }
 }
 
-/// `c += a rows`, `a` being `STEPS` fragments side by side: 64 rows by 16 STEPS rows of a tile from `row` on, all columns.
+/// `c += a rows`, `a` being `STEPS` fragments side by side: 64 x 16 STEPS times rows of a tile from `row` on, all
+/// columns.
 template <class LAYOUT, int STEPS>
-__device__ __forceinline__ void multiply_columns(float (&c)[CHUNKS][4], const u32 (&a)[STEPS][1][4], u32 tile, int row) {
+__device__ __forceinline__ void multiply_columns(
+    float (&c)[CHUNKS][4], const u32 (&a)[STEPS][1][4], u32 tile, int row) {
     const Operand panels = panel_operand(tile + row * 128);
     const Operand rest = chunk_operand(tile + PANELS * LAYOUT::PANEL_BYTES + row * 16, 128, LAYOUT::CHUNK_BYTES);
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
 #pragma unroll
         for (int panel = 0; panel < PANELS; panel++)
-            Product<8>::registers<1>(part<8>(c, 8 * panel), a[k][0], panels.at(panel * LAYOUT::PANEL_BYTES + k * 16 * 128), 1);
+            Product<8>::registers<1>(
+                part<8>(c, 8 * panel), a[k][0], panels.at(panel * LAYOUT::PANEL_BYTES + k * 16 * 128), 1);
         if constexpr (REST > 0)
-            Product<REST_TILES>::template registers<1>(part<REST_TILES>(c, CHUNKS - REST_TILES), a[k][0], rest.at(k * 16 * 16), 1);
+            Product<REST_TILES>::template registers<1>(
+                part<REST_TILES>(c, CHUNKS - REST_TILES), a[k][0], rest.at(k * 16 * 16), 1);
     }
 }
 
 template <int ROWS> __device__ __forceinline__ void clear_zeros(u32 zeros) {
-    if (threadIdx.x < ROWS) asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(zeros + threadIdx.x * 16), "r"(0) : "memory");
+    if (threadIdx.x < ROWS)
+        asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(zeros + threadIdx.x * 16), "r"(0) : "memory");
 }
 
 // Barriers in shared memory, 8 bytes each: waiting for a phase without stopping where all threads meet.
@@ -199,8 +192,12 @@ __device__ __forceinline__ void wait_barrier(u32 barrier, int phase) {
     asm volatile(
         "{.reg .pred done;\n"
         "again_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again_%=;}" ::"r"(barrier), "r"(phase & 1) : "memory");
+        "@!done bra again_%=;}" ::"r"(barrier),
+        "r"(phase & 1)
+        : "memory");
 }
 
 /// Meets the threads of this warpgroup.
-__device__ __forceinline__ void meet_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); }
+__device__ __forceinline__ void meet_group(int group) {
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+}
