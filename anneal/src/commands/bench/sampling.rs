@@ -35,7 +35,8 @@ pub fn sample(arguments: &BenchSample) -> Result<()> {
             shift: 1.0,
             guidance: *guidance,
             guidance_mode: GuidanceMode::All,
-            clip: false,
+            clip: None,
+            spacing: None,
         };
         let (sampler, guidance) = settings.options(&objective)?;
         let labels = (0..model.batch).map(|row| (row % config.classes) as i64).collect();
