@@ -275,7 +275,11 @@ fn check_optim(optim: &Optim, steps: usize, problems: &mut Problems) {
         format!("optim.min_lr is {}; it must not exceed optim.lr, which is {}", optim.min_lr, optim.lr)
     });
     problems.require(optim.warmup <= steps, || {
-        format!("optim.warmup is {}; it must not exceed train.steps, which is {steps}", optim.warmup)
+        format!(
+            "optim.warmup is {}; it must not exceed train.steps, which is {steps}: add optim.warmup={}",
+            optim.warmup,
+            steps / 10
+        )
     });
 }
 

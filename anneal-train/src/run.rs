@@ -52,6 +52,8 @@ pub struct RunOptions<'a> {
 pub struct RunReport {
     pub folder: PathBuf,
     pub steps: u64,
+    /// Those of `steps` that earlier starts had done.
+    pub steps_before: u64,
     /// Stopped before the recipe's last step.
     pub stopped: bool,
     pub last_loss: Option<f64>,
@@ -71,7 +73,8 @@ pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<RunReport> {
         .map_err(anneal_weights::FileError::on("make the run folder", &folder))?;
     let lock = RunLock::acquire(&folder)?;
     let mut trainer = Trainer::new(recipe)?;
-    let warnings = state::resume(&mut trainer, &folder, options.changed_recipe)?;
+    let mut warnings: Vec<String> = lock.warning().map(str::to_owned).into_iter().collect();
+    warnings.extend(state::resume(&mut trainer, &folder, options.changed_recipe)?);
     let mut run = Run::open(trainer, lock, folder, options)?;
     for warning in warnings {
         run.progress.screen().suspend(|| eprintln!("warning: {warning}"));
@@ -288,10 +291,12 @@ impl<'a> Run<'a> {
     fn finish(self) -> RunReport {
         self.progress.finish();
         let steps = self.trainer.steps_done();
-        let images = (steps - self.first_step) as f64 * self.trainer.recipe().train.batch as f64;
+        let steps_before = self.first_step;
+        let images = (steps - steps_before) as f64 * self.trainer.recipe().train.batch as f64;
         RunReport {
             folder: self.folder,
             steps,
+            steps_before,
             stopped: steps < self.trainer.recipe().train.steps as u64,
             last_loss: self.last.map(|outcome| outcome.loss),
             training: Duration::from_secs_f64(self.training_seconds),

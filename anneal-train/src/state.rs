@@ -191,5 +191,26 @@ fn check_same_recipe(old: &Recipe, new: &Recipe, run: &Path, changed: bool) -> R
     if differences.is_empty() {
         return Ok(());
     }
-    Err(TrainError::OtherRecipe { run: run.display().to_string(), differences: differences.join("\n  ") })
+    let run = run.display().to_string();
+    let fixed = differences.iter().any(|line| is_under(line, &FIXED));
+    let advice = match fixed {
+        true => "Run it with the old values, or choose another output folder".into(),
+        false => format!(
+            "To go on with the new values: anneal resume {run} {}\nOtherwise run it with the old values, or choose another output folder",
+            differences.iter().filter_map(|line| change(line)).collect::<Vec<_>>().join(" ")
+        ),
+    };
+    Err(TrainError::OtherRecipe { run, differences: differences.join("\n  "), advice })
+}
+
+/// `optim.lr: 0.0001 -> 0.0002` as the change of a command line, `optim.lr=0.0002`.
+fn change(difference: &str) -> Option<String> {
+    let (key, values) = difference.split_once(": ")?;
+    let value = values.split_once(" -> ")?.1;
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.+/".contains(&byte);
+    match value {
+        "absent" => None,
+        value if value.bytes().all(is_plain) => Some(format!("{key}={value}")),
+        value => Some(format!("'{key}={value}'")),
+    }
 }

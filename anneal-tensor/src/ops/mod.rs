@@ -1,5 +1,5 @@
 //! The operations: one folder each, with formula, shapes, forward and backward in `mod.rs`,
-//! the CPU kernel in `cpu.rs` and checks in `tests.rs`.
+//! the CPU kernel in `cpu.rs`, the GPU's in `cuda.rs` and `kernel.cu`, and checks in `tests.rs`.
 //!
 //! Letters in names of dimensions: `b` batch, `n` tokens, `d` features (`o` of an output),
 //! `h` heads, `c` channels, `m` rows of a flattened tensor.
@@ -55,6 +55,7 @@ use crate::{Outputs, Tensor};
 /// The kernels of every op; each `cuda.rs` names its own.
 pub(crate) fn kernel_variants() -> Vec<Variant> {
     let all: &[fn() -> Vec<Variant>] = &[
+        attention::cuda::variants,
         binary::cuda::variants,
         cast::cuda::variants,
         copy::cuda::variants,

@@ -137,9 +137,16 @@ fn print_report(recipe: &Recipe, report: &RunReport) {
         println!("train it longer with: anneal resume {folder} train.steps={}", 2 * recipe.train.steps);
         return;
     };
+    // The time is that of this start, and so are the steps before it.
+    let steps = match report.steps_before {
+        0 => summary::plural(report.steps, "step"),
+        before => {
+            let more = summary::plural(report.steps - before, "more step");
+            format!("{more}, {} in all,", summary::count(report.steps))
+        }
+    };
     println!(
-        "trained {} in {} ({:.0} images/s, peak memory {}), last loss {loss:.4}",
-        summary::plural(report.steps, "step"),
+        "trained {steps} in {} ({:.0} images/s, peak memory {}), last loss {loss:.4}",
         summary::duration(report.training),
         report.images_per_second,
         summary::bytes(report.peak_memory as u64)

@@ -1,0 +1,304 @@
+// Attention on CUDA, the backward pass around its products: statistics, `p` and `ds`, results.
+//
+// Text before backward_mma.cu and backward_wgmma.cu and after a few lines of theirs
+// (tiles_mma.cuh, tiles_wgmma.cuh) that fix the shapes: THREADS, KEY_ROWS and QUERY_BLOCK of a block of
+// threads, M_TILES of 16 keys a warp, SUB_QUERIES walked at a time, KeyLayout, QueryLayout,
+// DS_BYTES, and own_row(warp, m), the first row of a warp's tile `m` among the block's keys.
+//
+//   s^T = k q^T          p^T = 2^(s^T scale log2 e + bias - lse)
+//   dp^T = v do^T        ds^T = p^T * (dp^T - rowsum(do * o))
+
+constexpr int SUB_TILES = SUB_QUERIES / 8;
+constexpr int ROW_PASSES = QUERY_BLOCK / (THREADS / LANES_PER_ROW);  // rows of queries a thread copies
+constexpr int STATISTICS_BYTES = QUERY_BLOCK * 8;
+static_assert(ROW_PASSES * THREADS == QUERY_BLOCK * LANES_PER_ROW, "each thread copies whole passes");
+
+// Shared memory: keys, values, queries twice, do twice, o, ds^T, statistics twice.
+constexpr int QUERY_OFFSET = 2 * KEY_BYTES;
+constexpr int UPSTREAM_OFFSET = QUERY_OFFSET + 2 * QUERY_BYTES;
+constexpr int OUTPUT_OFFSET = UPSTREAM_OFFSET + 2 * QUERY_BYTES;
+constexpr int DS_OFFSET = OUTPUT_OFFSET + QUERY_BYTES;
+constexpr int STATISTICS_OFFSET = DS_OFFSET + DS_BUFFERS * DS_BYTES;
+constexpr int END_OFFSET = STATISTICS_OFFSET + 2 * STATISTICS_BYTES;
+
+struct Place {
+    int b, h, warp, lane;
+    u32 shared;
+    int first_key;
+    bool first_visit, last_visit;  // of this block of threads, over its blocks of keys
+    u32 visible;                   // bit `2 m + i`: key `own_row(m) + 8 i + lane / 4`
+    bool all_visible;              // for the whole block
+};
+
+struct KeyGradients {
+    float key[M_TILES][CHUNKS][4], value[M_TILES][CHUNKS][4];
+};
+
+__device__ __forceinline__ u32 key_tile(const Place &at) { return at.shared; }
+__device__ __forceinline__ u32 value_tile(const Place &at) { return at.shared + KEY_BYTES; }
+__device__ __forceinline__ u32 query_tile(const Place &at, int block) {
+    return at.shared + QUERY_OFFSET + block % 2 * QUERY_BYTES;
+}
+__device__ __forceinline__ u32 upstream_tile(const Place &at, int block) {
+    return at.shared + UPSTREAM_OFFSET + block % 2 * QUERY_BYTES;
+}
+__device__ __forceinline__ u32 output_tile(const Place &at) { return at.shared + OUTPUT_OFFSET; }
+__device__ __forceinline__ u32 ds_tile(const Place &at, int block) {
+    return at.shared + DS_OFFSET + block % DS_BUFFERS * DS_BYTES;
+}
+__device__ __forceinline__ u32 statistics(const Place &at, int block) {
+    return at.shared + STATISTICS_OFFSET + block % 2 * STATISTICS_BYTES;
+}
+
+/// Log-sums of the rows that this thread copies; plus infinity past the end makes `p` zero there.
+struct LogSums {
+    float of[ROW_PASSES];
+};
+
+__device__ __forceinline__ void start_keys(const Arguments &a, const Place &at) {
+    copy_rows<KeyLayout, KEY_ROWS, THREADS>(
+        key_tile(at), head_of(a.key, at.b, at.h), a.key.token, at.first_key, a.keys);
+    copy_rows<KeyLayout, KEY_ROWS, THREADS>(
+        value_tile(at), head_of(a.value, at.b, at.h), a.value.token, at.first_key, a.keys);
+}
+
+__device__ __forceinline__ void start_queries(const Arguments &a, const Place &at, int block, LogSums &log_sums) {
+    const int first = block * QUERY_BLOCK;
+    copy_rows<QueryLayout, QUERY_BLOCK, THREADS>(
+        query_tile(at, block), head_of(a.query, at.b, at.h), a.query.token, first, a.queries);
+    copy_own_rows<QueryLayout, QUERY_BLOCK, THREADS>(
+        upstream_tile(at, block), head_of(a.output_gradient, at.b, at.h), a.output_gradient.token, first,
+        a.queries);
+    copy_own_rows<QueryLayout, QUERY_BLOCK, THREADS>(
+        output_tile(at), head_of(a.output, at.b, at.h), a.output.token, first, a.queries);
+    commit_copies();
+#pragma unroll
+    for (int pass = 0; pass < ROW_PASSES; pass++) {
+        const int row = first + pass * (THREADS / LANES_PER_ROW) + threadIdx.x / LANES_PER_ROW;
+        log_sums.of[pass] = row < a.queries ? a.log_sums[head_index(a, at.b, at.h) + row] : INFINITY_F32;
+    }
+}
+
+__device__ __forceinline__ float dot_of_chunk(u32 left, u32 right) {
+    u32 x[4], y[4];
+    load_chunk(x, left);
+    load_chunk(y, right);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        sum += half_of_word<element>(x[i], 0) * half_of_word<element>(y[i], 0);
+        sum += half_of_word<element>(x[i], 1) * half_of_word<element>(y[i], 1);
+    }
+    return sum;
+}
+
+/// Row sums of `do * o` and log-sums, as pairs. A thread reads only what it copied itself, so its
+/// own copies need to have arrived, not those of others.
+__device__ __forceinline__ void write_statistics(const Place &at, int block, const LogSums &log_sums) {
+#pragma unroll
+    for (int pass = 0; pass < ROW_PASSES; pass++) {
+        const int row = pass * (THREADS / LANES_PER_ROW) + threadIdx.x / LANES_PER_ROW;
+        float sum = 0.0f;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c += LANES_PER_ROW) {
+            const int chunk = c + threadIdx.x % LANES_PER_ROW;
+            if (chunk >= CHUNKS) continue;
+            const u32 offset = QueryLayout::at(row, chunk);
+            sum += dot_of_chunk(upstream_tile(at, block) + offset, output_tile(at) + offset);
+        }
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        if (threadIdx.x % LANES_PER_ROW == 0)
+            asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(statistics(at, block) + row * 8),
+                         "f"(log_sums.of[pass] * LOG2_E), "f"(sum)
+                         : "memory");
+    }
+}
+
+/// A thread's scores of `M` tiles of 16 keys with the queries walked at a time.
+template <int M> using Scores = float[M][SUB_TILES][4];
+
+/// Key and query of a thread's score `[m][n][i]`; `tile` is the first of the `M` tiles.
+__device__ __forceinline__ int key_of(const Place &at, int tile, int i) {
+    return at.first_key + own_row(at.warp, tile) + i / 2 * 8 + at.lane / 4;
+}
+
+__device__ __forceinline__ int query_of(const Place &at, int first_query, int n, int i) {
+    return first_query + n * 8 + at.lane % 4 * 2 + i % 2;
+}
+
+/// `p` where the key is hidden is zero; past the end of the keys the exponential may be infinite.
+template <int M> __device__ __forceinline__ void hide_keys(Scores<M> &p, const Place &at, int tile) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (at.visible >> (2 * (tile + m) + i / 2) & 1) continue;
+#pragma unroll
+            for (int n = 0; n < SUB_TILES; n++) p[m][n][i] = 0.0f;
+        }
+}
+
+template <int M>
+__device__ __forceinline__ void add_bias(
+    Scores<M> &s, const Arguments &a, const Place &at, int tile, int first_query, float factor) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < SUB_TILES; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                s[m][n][i] = s[m][n][i] * factor +
+                             bias_at(a, at.b, at.h, query_of(at, first_query, n, i), key_of(at, tile + m, i));
+}
+
+template <int M>
+__device__ __forceinline__ void store_bias_gradient(
+    const Scores<M> &ds, const Arguments &a, const Place &at, int tile, int first_query) {
+    float *head = a.bias_partial + head_index(a, at.b, at.h) * a.keys;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < SUB_TILES; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int key = key_of(at, tile + m, i), query = query_of(at, first_query, n, i);
+                if (key < a.keys && query < a.queries) head[i64(query) * a.keys + key] = ds[m][n][i];
+            }
+}
+
+/// Log-sum and `rowsum(do * o)` of a thread's columns.
+struct Columns {
+    float log_sum[SUB_TILES][2], delta[SUB_TILES][2];
+
+    __device__ __forceinline__ void load(const Place &at, u32 pairs) {
+#pragma unroll
+        for (int n = 0; n < SUB_TILES; n++) {
+            const u32 address = pairs + n * 64 + at.lane % 4 * 16;
+            asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                         : "=f"(log_sum[n][0]), "=f"(delta[n][0]), "=f"(log_sum[n][1]), "=f"(delta[n][1])
+                         : "r"(address)
+                         : "memory");
+        }
+    }
+};
+
+/// Scores become `p^T`.
+template <int M>
+__device__ __forceinline__ void make_probabilities(
+    Scores<M> &s, const Columns &columns, const Arguments &a, const Place &at, int tile, int first_query,
+    float log2_scale) {
+    if constexpr (HAS_BIAS) add_bias<M>(s, a, at, tile, first_query, log2_scale);
+    const float factor = HAS_BIAS ? 1.0f : log2_scale;
+#pragma unroll
+    for (int n = 0; n < SUB_TILES; n++)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) s[m][n][i] = exp2_fast(s[m][n][i] * factor - columns.log_sum[n][i % 2]);
+    if (!at.all_visible) hide_keys<M>(s, at, tile);
+}
+
+/// `dp^T` becomes `ds^T`.
+template <int M>
+__device__ __forceinline__ void make_gradients(
+    Scores<M> &dp, const Scores<M> &p, const Columns &columns, const Arguments &a, const Place &at, int tile,
+    int first_query) {
+#pragma unroll
+    for (int n = 0; n < SUB_TILES; n++)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) dp[m][n][i] = p[m][n][i] * (dp[m][n][i] - columns.delta[n][i % 2]);
+    if constexpr (HAS_BIAS)
+        if (a.bias_partial != nullptr) store_bias_gradient<M>(dp, a, at, tile, first_query);
+}
+
+/// `*sums += (x, y)` without waiting for it.
+__device__ __forceinline__ void add_in_memory(float *sums, float x, float y) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v2.f32 [%0], {%1,%2};" ::"l"(sums), "f"(x), "f"(y) : "memory");
+#else
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(sums), "f"(x) : "memory");
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(sums + 1), "f"(y) : "memory");
+#endif
+}
+
+/// Rows of `dq` in a thread's hands, `first_row + 8 i`, eights of columns from `first_tile`:
+/// f32 sums in memory while blocks of keys remain, else final. An address belongs to one thread,
+/// whose stores and additions to it keep their order: this is no race, and the sum is always the same.
+template <int COUNT>
+__device__ __forceinline__ void finish_queries(
+    const float (&c)[COUNT][4], const Arguments &a, const Place &at, int first_row, int first_tile) {
+    const bool final = at.last_visit && gridDim.x == 1;
+    float *partial = a.query_partial + blockIdx.x * (i64(a.batch) * a.heads * a.queries * HEAD_DIM);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int row = first_row + i * 8 + at.lane / 4, first_column = first_tile * 8 + at.lane % 4 * 2;
+        if (row >= a.queries) continue;
+        float *sums = partial + (head_index(a, at.b, at.h) + row) * HEAD_DIM + first_column;
+        element *to = head_of(a.query_gradient, at.b, at.h) + (row * u32(a.query_gradient.token) + first_column);
+#pragma unroll
+        for (int n = 0; n < COUNT; n++) {
+            const float x = c[n][2 * i], y = c[n][2 * i + 1];
+            float2 *sum = reinterpret_cast<float2 *>(sums + n * 8);
+            if (final) {
+                const float2 before = at.first_visit ? make_float2(0.0f, 0.0f) : __ldcg(sum);
+                *reinterpret_cast<u32 *>(to + n * 8) =
+                    word_of_pair<element>((before.x + x) * a.scale, (before.y + y) * a.scale);
+            } else if (at.first_visit) {
+                *sum = make_float2(x, y);
+            } else {
+                add_in_memory(sums + n * 8, x, y);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void find_visible(const Arguments &a, Place &at) {
+    at.visible = 0;
+    at.all_visible = a.mask == nullptr && at.first_key + KEY_ROWS <= a.keys;
+#pragma unroll
+    for (int i = 0; i < 2 * M_TILES; i++)
+        at.visible |= u32(key_visible(a, at.b, key_of(at, i / 2, i % 2 * 2))) << i;
+}
+
+/// Both go through the warp's own rows of values, which no other warp reads any more.
+__device__ __forceinline__ void store_key_gradients(const KeyGradients &sums, const Arguments &a, const Place &at) {
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++) {
+        const int row = own_row(at.warp, m), first = at.first_key + row;
+        const float one[1][2] = {{1.0f, 1.0f}}, scale[1][2] = {{a.scale, a.scale}};
+        if (a.value_gradient.data != nullptr)
+            store_rows<KeyLayout, 1>(
+                reinterpret_cast<const float (&)[1][CHUNKS][4]>(sums.value[m]), one, value_tile(at), row,
+                head_of(a.value_gradient, at.b, at.h), a.value_gradient.token, first, a.keys);
+        if (a.key_gradient.data != nullptr)
+            store_rows<KeyLayout, 1>(
+                reinterpret_cast<const float (&)[1][CHUNKS][4]>(sums.key[m]), scale, value_tile(at), row,
+                head_of(a.key_gradient, at.b, at.h), a.key_gradient.token, first, a.keys);
+    }
+}
+
+__device__ __forceinline__ void visit_keys(const Arguments &a, Place &at);
+
+/// This block's share of the keys, block after block.
+__device__ __forceinline__ void visit_share(const Arguments &a, u32 shared) {
+    Place at;
+    at.b = blockIdx.z;
+    at.h = blockIdx.y;
+    at.warp = warp_index();
+    at.lane = threadIdx.x % 32;
+    at.shared = shared;
+    const int blocks = (a.keys + KEY_ROWS - 1) / KEY_ROWS;
+    const int share = (blocks + gridDim.x - 1) / gridDim.x;
+    const int first = blockIdx.x * share, end = min(first + share, blocks);
+#pragma unroll 1
+    for (int block = first; block < end; block++) {
+        at.first_key = block * KEY_ROWS;
+        at.first_visit = block == first;
+        at.last_visit = block + 1 == end;
+        if (!at.first_visit) __syncthreads();  // others may still read keys and statistics
+        visit_keys(a, at);
+    }
+}

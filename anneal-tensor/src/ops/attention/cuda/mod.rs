@@ -1,0 +1,335 @@
+//! Attention on CUDA: the choice of kernels, their geometry and arguments. The kernels' files say how they work.
+//!
+//! Three families: warpgroups (sm_90a) and warps (from sm_80 on) of tensor cores for bf16 and f16
+//! with a head dim that is a multiple of 8 up to 128, and plain loops for everything else. All of
+//! them are deterministic and save the log-sum as a natural logarithm.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::OnceLock;
+
+use anneal_device::cuda::{Arguments, Launch, Source, Variant};
+use anneal_device::{CudaDevice, Purpose};
+
+use super::{Attention, Gradients, Operands, Saved, Sizes};
+use crate::kernels::element;
+use crate::{DType, Result, Tensor};
+
+mod geometry;
+
+use geometry::{Family, Geometry};
+
+macro_rules! source {
+    ($name:literal, $($file:literal),+) => {
+        Source { name: concat!("attention/", $name), code: concat!($(include_str!($file)),+) }
+    };
+}
+
+const FORWARD_MMA: Source =
+    source!("forward_mma", "common.cuh", "rows.cuh", "mma.cuh", "softmax.cuh", "forward_mma.cu");
+const FORWARD_WGMMA: Source =
+    source!("forward_wgmma", "common.cuh", "rows.cuh", "wgmma.cuh", "softmax.cuh", "forward_wgmma.cu");
+const BACKWARD_MMA: Source = source!(
+    "backward_mma",
+    "common.cuh",
+    "rows.cuh",
+    "mma.cuh",
+    "tiles_mma.cuh",
+    "gradient.cuh",
+    "backward_mma.cu"
+);
+const BACKWARD_WGMMA: Source = source!(
+    "backward_wgmma",
+    "common.cuh",
+    "rows.cuh",
+    "wgmma.cuh",
+    "tiles_wgmma.cuh",
+    "gradient.cuh",
+    "backward_wgmma.cu"
+);
+const REDUCE: Source = source!("reduce", "common.cuh", "reduce.cu");
+const GENERIC: Source = source!("generic", "common.cuh", "generic.cu");
+
+/// `Rows` of common.cuh: strides in elements.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Rows {
+    data: *mut u8,
+    batch: i64,
+    token: i64,
+    head: i64,
+}
+
+impl Rows {
+    const NONE: Self = Self { data: std::ptr::null_mut(), batch: 0, token: 0, head: 0 };
+
+    /// Of a tensor `[B, N, H, D]`.
+    fn of(tensor: &Tensor) -> Self {
+        let strides = tensor.strides();
+        let [batch, token, head] = [0, 1, 2].map(|axis| strides[axis] as i64);
+        Self { data: tensor.address(), batch, token, head }
+    }
+
+    fn of_wanted(tensor: Option<&Tensor>) -> Self {
+        tensor.map_or(Self::NONE, Self::of)
+    }
+}
+
+/// `Arguments` of common.cuh; a pointer may be null where there is nothing.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Parameters {
+    query: Rows,
+    key: Rows,
+    value: Rows,
+    output: Rows,
+    output_gradient: Rows,
+    query_gradient: Rows,
+    key_gradient: Rows,
+    value_gradient: Rows,
+    bias: *mut u8,
+    bias_strides: [i64; 3],
+    mask: *mut u8,
+    mask_batch: i64,
+    log_sums: *mut u8,
+    query_partial: *mut u8,
+    bias_partial: *mut u8,
+    sizes: [i32; 4],
+    scale: f32,
+    /// Named because launches are compared byte by byte.
+    padding: u32,
+}
+
+impl Parameters {
+    fn new(op: &Attention, operands: &Operands, output: &Tensor, log_sums: Option<&Tensor>) -> Self {
+        let Sizes { batch, queries, keys, heads, .. } = op.sizes;
+        let null = std::ptr::null_mut();
+        let bias = operands.bias.as_ref();
+        // The stride of a dimension of size 1 stands for no step at all.
+        let stride = |bias: &Tensor, axis: usize| match bias.size(axis) {
+            1 => 0,
+            _ => bias.strides()[axis] as i64,
+        };
+        Self {
+            query: Rows::of(&operands.query),
+            key: Rows::of(&operands.key),
+            value: Rows::of(&operands.value),
+            output: Rows::of(output),
+            output_gradient: Rows::NONE,
+            query_gradient: Rows::NONE,
+            key_gradient: Rows::NONE,
+            value_gradient: Rows::NONE,
+            bias: bias.map_or(null, Tensor::address),
+            bias_strides: bias.map_or([0; 3], |bias| [0, 1, 2].map(|axis| stride(bias, axis))),
+            mask: operands.mask.as_ref().map_or(null, Tensor::address),
+            mask_batch: operands.mask.as_ref().map_or(0, |mask| mask.strides()[0] as i64),
+            log_sums: log_sums.map_or(null, Tensor::address),
+            query_partial: null,
+            bias_partial: null,
+            sizes: [batch, heads, queries, keys].map(|size| size as i32),
+            scale: op.scale,
+            padding: 0,
+        }
+    }
+}
+
+/// What each kernel is compiled for.
+fn macros(dim: usize, dtype: DType, bias: Option<DType>) -> Vec<(&'static str, String)> {
+    let mut macros = element("ELEMENT", dtype);
+    macros.push(("ELEMENT_IS_BF16", u8::from(dtype == DType::BF16).to_string()));
+    // Of both types, only the names matter here.
+    macros.extend(element("BIAS", bias.unwrap_or(DType::F32)).into_iter().take(1));
+    macros.push(("HAS_BIAS", u8::from(bias.is_some()).to_string()));
+    macros.push(("HEAD_DIM", dim.to_string()));
+    macros
+}
+
+fn of_operands(dim: usize, operands: &Operands) -> Vec<(&'static str, String)> {
+    macros(dim, operands.query.dtype(), operands.bias.as_ref().map(Tensor::dtype))
+}
+
+/// Starts a kernel on the parameters, and more arguments if it has them.
+fn start(
+    cuda: &CudaDevice,
+    (source, name): (&Source, &'static str),
+    macros: &[(&'static str, String)],
+    launch: Launch,
+    arguments: Arguments,
+) -> Result<()> {
+    let kernel = cuda.kernel(source, name, macros)?;
+    // SAFETY: callers fill in the parameters from tensors whose shapes the op checked, rows are contiguous.
+    unsafe { cuda.launch(kernel, launch, arguments)? };
+    Ok(())
+}
+
+/// Tensors of the shapes that the op checked, rows of heads contiguous.
+pub(super) fn forward(
+    cuda: &CudaDevice,
+    op: &Attention,
+    operands: &Operands,
+    output: &Tensor,
+    log_sums: Option<&Tensor>,
+) -> Result<()> {
+    let Sizes { batch, queries, keys, heads, dim } = op.sizes;
+    if batch * queries * heads * dim == 0 {
+        return Ok(());
+    }
+    if keys == 0 {
+        return clear(cuda, output);
+    }
+    let family = Family::of(cuda.properties(), &[&operands.query, &operands.key, &operands.value, output]);
+    let geometry = Geometry::forward(family, dim);
+    let kernel = match family {
+        Family::Warpgroups => (&FORWARD_WGMMA, "attention_forward_wgmma"),
+        Family::Warps => (&FORWARD_MMA, "attention_forward_mma"),
+        Family::Plain => (&GENERIC, "attention_forward_generic"),
+    };
+    let macros = [of_operands(dim, operands), geometry.macros()].concat();
+    let parameters = Parameters::new(op, operands, output, log_sums);
+    let launch = geometry.launch([queries.div_ceil(geometry.rows), heads, batch]);
+    start(cuda, kernel, &macros, launch, Arguments::new().with(parameters))
+}
+
+pub(super) fn backward(
+    cuda: &CudaDevice,
+    op: &Attention,
+    operands: &Operands,
+    saved: &Saved,
+    gradients: &Gradients,
+) -> Result<()> {
+    let Sizes { batch, queries, keys, heads, dim } = op.sizes;
+    let wanted = [&gradients.query, &gradients.key, &gradients.value];
+    if batch * queries * keys * heads * dim == 0 {
+        // No query sees a key: what gradients there are, are zero.
+        let all = wanted.into_iter().chain([&gradients.bias]);
+        return all.flatten().try_for_each(|gradient| clear(cuda, gradient));
+    }
+    let device = saved.output.device();
+    let workspace = |sizes: &[usize]| Tensor::empty_for(device, sizes, DType::F32, Purpose::Workspace);
+    let mut parameters = Parameters::new(op, operands, &saved.output, Some(&saved.log_sums));
+    parameters.output_gradient = Rows::of(&saved.upstream);
+    parameters.query_gradient = Rows::of_wanted(gradients.query.as_ref());
+    parameters.key_gradient = Rows::of_wanted(gradients.key.as_ref());
+    parameters.value_gradient = Rows::of_wanted(gradients.value.as_ref());
+    let bias_partial =
+        gradients.bias.as_ref().map(|_| workspace(&[batch, heads, queries, keys])).transpose()?;
+    parameters.bias_partial = bias_partial.as_ref().map_or(std::ptr::null_mut(), Tensor::address);
+
+    let inputs = [&operands.query, &operands.key, &operands.value, &saved.output, &saved.upstream];
+    let tensors: Vec<&Tensor> = inputs.into_iter().chain(wanted.into_iter().flatten()).collect();
+    let macros = of_operands(dim, operands);
+    match Family::of(cuda.properties(), &tensors) {
+        Family::Plain => backward_plain(cuda, &op.sizes, &macros, parameters)?,
+        family => {
+            let query = gradients.query.as_ref();
+            backward_on_tensor_cores(cuda, family, &op.sizes, &macros, parameters, query)?;
+        }
+    }
+    match &gradients.bias {
+        Some(bias) => reduce_bias(cuda, &op.sizes, &macros, parameters, bias),
+        None => Ok(()),
+    }
+}
+
+fn backward_plain(
+    cuda: &CudaDevice,
+    sizes: &Sizes,
+    macros: &[(&'static str, String)],
+    parameters: Parameters,
+) -> Result<()> {
+    let geometry = Geometry::forward(Family::Plain, sizes.dim);
+    let macros = [macros.to_vec(), geometry.macros()].concat();
+    let over_queries = ("attention_backward_queries_generic", sizes.queries);
+    let over_keys = ("attention_backward_keys_generic", sizes.keys);
+    for (name, rows) in [over_queries, over_keys] {
+        let launch = geometry.launch([rows.div_ceil(geometry.rows), sizes.heads, sizes.batch]);
+        start(cuda, (&GENERIC, name), &macros, launch, Arguments::new().with(parameters))?;
+    }
+    Ok(())
+}
+
+/// One kernel makes all gradients; where it deals the keys to several parts, another adds their `dq`.
+fn backward_on_tensor_cores(
+    cuda: &CudaDevice,
+    family: Family,
+    sizes: &Sizes,
+    macros: &[(&'static str, String)],
+    mut parameters: Parameters,
+    query: Option<&Tensor>,
+) -> Result<()> {
+    let Sizes { batch, queries, keys, heads, dim } = *sizes;
+    let kernel = match family {
+        Family::Warpgroups => (&BACKWARD_WGMMA, "attention_backward_wgmma"),
+        _ => (&BACKWARD_MMA, "attention_backward_mma"),
+    };
+    let geometry = Geometry::backward(family, dim, cuda.properties());
+    let own = [macros.to_vec(), geometry.macros()].concat();
+    let blocks = keys.div_ceil(geometry.rows);
+    let parts = geometry::parts(blocks, batch * heads, cuda.properties().multiprocessors);
+    let sums = [parts, batch, heads, queries, dim];
+    let partial = query
+        .filter(|_| blocks > 1)
+        .map(|query| Tensor::empty_for(query.device(), &sums, DType::F32, Purpose::Workspace))
+        .transpose()?;
+    parameters.query_partial = partial.as_ref().map_or(std::ptr::null_mut(), Tensor::address);
+    start(cuda, kernel, &own, geometry.launch([parts, heads, batch]), Arguments::new().with(parameters))?;
+    if parts > 1 && query.is_some() {
+        let arguments = Arguments::new().with(parameters).with(parts as i32);
+        let launch = Launch::new([(queries * dim).div_ceil(256), heads, batch], 256);
+        start(cuda, (&REDUCE, "attention_reduce_queries"), macros, launch, arguments)?;
+    }
+    Ok(())
+}
+
+/// Zeros in a contiguous tensor.
+fn clear(cuda: &CudaDevice, tensor: &Tensor) -> Result<()> {
+    // SAFETY: the tensor has these bytes, and zero bits are a zero of every float.
+    unsafe { cuda.fill_bytes(tensor.address(), 0, tensor.elements() * tensor.dtype().size())? };
+    Ok(())
+}
+
+fn reduce_bias(
+    cuda: &CudaDevice,
+    sizes: &Sizes,
+    macros: &[(&'static str, String)],
+    parameters: Parameters,
+    gradient: &Tensor,
+) -> Result<()> {
+    let (b, h) = (gradient.size(0), gradient.size(1));
+    let arguments = Arguments::new().with(parameters).with(gradient.address()).with(b as i32).with(h as i32);
+    let launch = Launch::new([(sizes.queries * sizes.keys).div_ceil(256).min(1 << 20), h, b], 256);
+    start(cuda, (&REDUCE, "attention_reduce_bias"), macros, launch, arguments)
+}
+
+/// Changes with the text of any kernel, so that what was measured with another text is measured again.
+pub(super) fn revision() -> u64 {
+    static REVISION: OnceLock<u64> = OnceLock::new();
+    *REVISION.get_or_init(|| {
+        let mut hasher = DefaultHasher::new();
+        let all = [FORWARD_MMA, FORWARD_WGMMA, BACKWARD_MMA, BACKWARD_WGMMA, REDUCE, GENERIC];
+        all.iter().for_each(|source| source.code.hash(&mut hasher));
+        hasher.finish()
+    })
+}
+
+/// Every family at head dims that reach all of its code.
+pub(in crate::ops) fn variants() -> Vec<Variant> {
+    let mut all = Vec::new();
+    let mut add = |source: Source, common: &[_], geometry: Geometry| {
+        all.push(Variant { source, macros: [common.to_vec(), geometry.macros()].concat() });
+    };
+    for (dtype, bias, dim) in [(DType::BF16, None, 72), (DType::F16, Some(DType::F32), 128)] {
+        let common = macros(dim, dtype, bias);
+        add(FORWARD_MMA, &common, Geometry::forward(Family::Warps, dim));
+        for geometry in Geometry::all_backward_of_warps(dim) {
+            add(BACKWARD_MMA, &common, geometry);
+        }
+        add(FORWARD_WGMMA, &common, Geometry::forward(Family::Warpgroups, dim));
+        add(BACKWARD_WGMMA, &common, Geometry::backward_of_warpgroups(dim));
+    }
+    for (dtype, bias) in [(DType::F32, None), (DType::BF16, Some(DType::F16))] {
+        let common = macros(36, dtype, bias);
+        add(GENERIC, &common, Geometry::forward(Family::Plain, 36));
+        add(REDUCE, &common, Geometry::forward(Family::Plain, 36));
+    }
+    all
+}
