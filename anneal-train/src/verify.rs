@@ -61,10 +61,7 @@ pub fn verify_resume(
         return Err(TrainError::Settings { message });
     }
     let on_gpu = settings::on_gpu(recipe);
-    let recipe = &Recipe {
-        train: Train { deterministic: on_gpu || recipe.train.deterministic, ..recipe.train.clone() },
-        ..recipe.clone()
-    };
+    let recipe = &with_determinism(recipe, on_gpu || recipe.train.deterministic);
     let mut whole = Trainer::new(recipe)?;
     let mut losses = Vec::new();
     advance(&mut whole, options.steps, &mut losses)?;
@@ -92,6 +89,32 @@ pub fn verify_resume(
     }
     advance(&mut continued, options.steps, &mut losses)?;
     Ok(compare(&uninterrupted, &trace(&continued, losses, preview)?))
+}
+
+/// Median seconds of a captured step on a GPU: with kernels chosen freely, and with deterministic ones.
+///
+/// # Errors
+/// Those of training.
+pub fn cost_of_determinism(recipe: &Recipe, steps: u64) -> Result<[f64; 2]> {
+    /// In which kernels are measured, the step is captured, and the queue fills.
+    const WARMUP: u64 = 6;
+    let median = |deterministic| -> Result<f64> {
+        let mut trainer = Trainer::new(&with_determinism(recipe, deterministic))?;
+        let mut outcomes = Vec::new();
+        while trainer.steps_done() < WARMUP + steps.max(1) {
+            outcomes.extend(trainer.step()?);
+        }
+        outcomes.extend(trainer.finish_steps()?);
+        let mut seconds: Vec<f64> =
+            outcomes[WARMUP as usize..].iter().map(|outcome| outcome.seconds).collect();
+        seconds.sort_by(f64::total_cmp);
+        Ok(seconds[seconds.len() / 2])
+    };
+    Ok([median(false)?, median(true)?])
+}
+
+fn with_determinism(recipe: &Recipe, deterministic: bool) -> Recipe {
+    Recipe { train: Train { deterministic, ..recipe.train.clone() }, ..recipe.clone() }
 }
 
 fn advance(trainer: &mut Trainer, steps: u64, losses: &mut Vec<f64>) -> Result<()> {
