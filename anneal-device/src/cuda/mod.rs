@@ -13,9 +13,12 @@ mod driver;
 mod graph;
 mod launch;
 mod libraries;
+mod links;
 mod profile;
+mod repeated;
 mod slab;
 mod transfer;
+mod versions;
 
 use std::cell::Cell;
 use std::hash::Hash;
@@ -34,8 +37,11 @@ pub use driver::{Properties, device_count, properties};
 pub use graph::Graph;
 pub use launch::{Arguments, Kernel, Launch};
 pub use libraries::{Found, Libraries, Library};
-pub use profile::ProfileRow;
+pub use links::{Link, free_memory, links};
+pub use profile::{Mark, ProfileRow};
+pub use repeated::RepeatedWork;
 pub use transfer::PendingRead;
+pub use versions::{library_file, library_version};
 
 use crate::DeviceError;
 use crate::memory::MemoryStatistics;
@@ -319,7 +325,8 @@ impl CudaDevice {
         self.waits.load(Ordering::Relaxed)
     }
 
-    /// From here on every piece of work is timed.
+    /// From here on every piece of work is timed. Steps must not be captured meanwhile: a captured step is
+    /// one piece of work.
     pub fn start_profile(&self) -> Result<(), DeviceError> {
         self.bind()?;
         *self.profile.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(Profile::default());
