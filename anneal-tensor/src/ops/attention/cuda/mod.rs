@@ -92,6 +92,8 @@ struct Parameters {
     bias_partial: *mut u8,
     sizes: [i32; 4],
     scale: f32,
+    /// Launches are compared byte by byte, which must not see what happens to lie between fields.
+    padding: u32,
 }
 
 impl Parameters {
@@ -122,6 +124,7 @@ impl Parameters {
             bias_partial: null,
             sizes: [batch, heads, queries, keys].map(|size| size as i32),
             scale: op.scale,
+            padding: 0,
         }
     }
 }
