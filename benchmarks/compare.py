@@ -17,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -26,7 +27,9 @@ CASES = {
                "--classes", "10", "--no-learn-sigma", "--batch", "128"],
 }
 STEPS = {"dit-s2": 12, "digits": 60}
-PEERS = {"torch": [], "torch-arena": ["--arena"], "torch-compile": ["--compile"]}
+PEERS = {"torch": [], "torch-arena": ["--arena"], "torch-compile": ["--compile"], "torch-mkl": [], "torch-mkl-arena": ["--arena"]}
+# Peers that run MKL's AVX-512 kernels on processors of any maker: see peers/mkl_as_on_intel.c.
+AS_ON_INTEL = {"torch-mkl", "torch-mkl-arena"}
 
 
 def commands(arguments, case):
@@ -43,10 +46,22 @@ def commands(arguments, case):
     return made
 
 
-def run_once(name, command, cores):
+def surroundings(names, folder):
+    """-> {name: environment}; builds what some peers preload in `folder`."""
+    made = {name: dict(os.environ) for name in names}
+    if AS_ON_INTEL & set(names):
+        library = str(Path(folder) / "mkl_as_on_intel.so")
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, str(HERE / "peers" / "mkl_as_on_intel.c")], check=True)
+        for name in AS_ON_INTEL & set(names):
+            made[name]["LD_PRELOAD"] = library
+    return made
+
+
+def run_once(name, command, cores, environment):
     """One process on `cores`: its JSON, with what the kernel says of it and how busy the machine was."""
     load = os.getloadavg()[0]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: os.sched_setaffinity(0, cores))
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment,
+                             preexec_fn=lambda: os.sched_setaffinity(0, cores))
     output = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
@@ -123,12 +138,13 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "environment.json").write_text(json.dumps(environment(arguments), indent=1) + "\n")
     tables = []
-    with (folder / "raw.jsonl").open("w") as raw:
+    with (folder / "raw.jsonl").open("w") as raw, tempfile.TemporaryDirectory() as scratch:
+        surrounding = surroundings(["anneal", *arguments.peers], scratch)
         for case in cases:
             runs, named = [], commands(arguments, case)
             for turn in range(arguments.rounds):
                 for name, command in named.items():
-                    run = {"case": case, "round": turn, **run_once(name, command, set(arguments.cores))}
+                    run = {"case": case, "round": turn, **run_once(name, command, set(arguments.cores), surrounding[name])}
                     raw.write(json.dumps(run) + "\n")
                     raw.flush()
                     runs.append(run)

@@ -49,6 +49,21 @@ fn the_exact_target_has_no_loss_and_gives_back_the_clean_sample() {
 }
 
 #[test]
+fn noise_drawn_with_its_samples_is_the_noise_drawn_alone() {
+    let device = Device::cpu(Some(2), None);
+    let clean = draw_noise(&device, &[2, 3], 5, 0, &[0, 1, 2]).unwrap();
+    for (process, timesteps) in processes() {
+        let objective = Objective::new(process, Prediction::V, false, None).unwrap();
+        let (noise, noised) = objective.draw_noised(&clean, &timesteps, 5, 9, &[4, 7, 6]).unwrap();
+        let expected = draw_noise(&device, &[2, 3], 5, 9, &[4, 7, 6]).unwrap();
+        assert_eq!(noise.to_vec::<f32>().unwrap(), expected.to_vec::<f32>().unwrap());
+        let expected = objective.noised(&clean, &expected, &timesteps).unwrap();
+        assert_eq!(noised.to_vec::<f32>().unwrap(), expected.to_vec::<f32>().unwrap());
+        assert!(objective.draw_noised(&clean, &timesteps, 5, 9, &[4]).is_err());
+    }
+}
+
+#[test]
 fn min_snr_weights_are_those_of_the_paper_for_each_prediction() {
     let gamma = 5.0;
     for (process, timesteps) in processes() {

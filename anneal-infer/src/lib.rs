@@ -4,15 +4,19 @@
 //! drawn together (within the rounding of matrix products, which here does not depend on the batch).
 //! Deliberately absent: files, optimizers, HTTP.
 
+mod calls;
+
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use anneal_diffusion::{
     Branch, DiffusionError, Guidance, Objective, Sampler, SamplerOptions, SeededNoise, draw_latents,
 };
-use anneal_models::{Conditioning, Denoiser};
+use anneal_models::Denoiser;
 use anneal_nn::{Forward, ParamStore};
 use anneal_tensor::{Tensor, TensorError};
+
+use calls::ModelCalls;
 
 /// What can go wrong while sampling.
 #[derive(Debug, thiserror::Error)]
@@ -75,12 +79,13 @@ impl Pipeline {
         let shape = self.model.image_shape();
         let mut values = Vec::with_capacity(request.labels.len() * shape.iter().product::<usize>());
         let batches = request.labels.len().div_ceil(request.batch);
+        let mut calls = ModelCalls::new(&*self.model, Forward::new(self.store.clone()));
         for index in 0..batches {
             let first = index * request.batch;
             let rows = first..(first + request.batch).min(request.labels.len());
             let mut report =
                 |done: usize| progress(index * sampler.calls() + done, batches * sampler.calls());
-            values.extend(self.sample_batch(request, &sampler, rows, &mut report)?);
+            values.extend(self.sample_batch(request, &sampler, &mut calls, rows, &mut report)?);
         }
         Ok(Samples { values, shape, labels: request.labels.clone() })
     }
@@ -89,6 +94,7 @@ impl Pipeline {
         &self,
         request: &Request,
         sampler: &Sampler,
+        calls: &mut ModelCalls,
         rows: std::ops::Range<usize>,
         progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
     ) -> Result<Vec<f32>> {
@@ -104,7 +110,6 @@ impl Pipeline {
             }
         };
         let labels = &request.labels[rows];
-        let forward = Forward::new(self.store.clone());
         let mut model = request.guidance.guide(self.objective.process(), |x, timesteps, branches| {
             let labels: Vec<i64> = branches
                 .iter()
@@ -114,8 +119,7 @@ impl Pipeline {
                 })
                 .collect();
             let timesteps: Vec<f32> = timesteps.iter().map(|timestep| *timestep as f32).collect();
-            let output = self.model.forward(&forward, x, &timesteps, &Conditioning { labels: &labels })?;
-            Ok::<_, InferError>(output)
+            Ok::<_, InferError>(calls.call(x, &timesteps, &labels)?)
         });
         let mut report = |state: &anneal_diffusion::SamplerState| progress(state.done());
         let sample = sampler.sample(&mut model, &latent, &mut SeededNoise { seeds }, &mut report)?;

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use anneal_tensor::{DType, Device, Phase, Purpose, Result, Sink, Tensor, TensorError, ops};
 
-use crate::{ChunkLayout, ParamId, Parameters, ScopeId};
+use crate::{ChunkLayout, Init, ParamId, Parameters, ScopeId};
 
 /// A flat buffer of weights and, if it is trained, of gradients.
 #[derive(Clone)]
@@ -118,9 +118,19 @@ impl ResidentStore {
     /// Draws every parameter from its initialiser.
     pub fn initialise(&self, seed: u64) -> Result<()> {
         for (id, spec) in self.parameters.iter() {
-            self.write(id, &spec.init.values(seed, id, spec))?;
+            match &spec.init {
+                Init::Zeros => self.write_zeros(&self.chunks[self.layout.slot(id).chunk].weights, id)?,
+                drawn => self.write(id, &drawn.values(seed, id, spec))?,
+            }
         }
         Ok(())
+    }
+
+    /// Zeroes a parameter's part of a chunk.
+    fn write_zeros(&self, chunk: &Tensor, id: ParamId) -> Result<()> {
+        let slot = self.layout.slot(id);
+        let zeros = Tensor::zeros(&self.device, &[slot.elements], chunk.dtype())?;
+        ops::overwrite(&chunk.piece(slot.offset, &[slot.elements])?, &zeros)
     }
 
     fn scope_depth(&self, scope: ScopeId, change: isize) -> Result<()> {
@@ -199,11 +209,9 @@ impl ParamStore for ResidentStore {
     fn finish_gradients(&self) -> Result<()> {
         for (id, spec) in self.parameters.iter() {
             if spec.trainable && self.options.train && !self.written[id.0].swap(true, Ordering::Relaxed) {
-                let slot = self.layout.slot(id);
-                let gradients =
-                    self.chunks[slot.chunk].gradients.as_ref().expect("trainable chunks have gradients");
-                let zeros = Tensor::zeros(&self.device, &[slot.elements], DType::F32)?;
-                ops::overwrite(&gradients.piece(slot.offset, &[slot.elements])?, &zeros)?;
+                let chunk = &self.chunks[self.layout.slot(id).chunk];
+                let gradients = chunk.gradients.as_ref().expect("trainable chunks have gradients");
+                self.write_zeros(gradients, id)?;
             }
         }
         Ok(())

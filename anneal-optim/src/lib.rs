@@ -7,5 +7,8 @@
 mod adamw;
 mod schedule;
 
-pub use adamw::{AdamW, AdamWOptions, Decay, State, StepReport};
+pub use adamw::{
+    AdamW, AdamWOptions, Decay, DeviceReport, LossScale, PendingReport, Progress, State, StepReport,
+    kernel_variants,
+};
 pub use schedule::{LearningRate, Shape};

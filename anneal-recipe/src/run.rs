@@ -15,9 +15,12 @@ pub struct Recipe {
     /// Seed of every random draw.
     #[serde(default)]
     pub seed: u64,
-    /// Device: `cpu` (all cores), `cpu:2` (two threads).
+    /// Device: `cpu` (all cores), `cpu:2` (two threads), `cuda` (the first GPU), `cuda:1`.
     #[serde(default = "default_device")]
     pub device: String,
+    /// Most memory of the device to use, such as `8GiB`. Null: all there is.
+    #[serde(default)]
+    pub memory_limit: Option<ByteSize>,
     /// Folder of the run: checkpoints, metrics, pictures; `runs/<name>` when left out.
     pub output: PathBuf,
     pub model: Model,
@@ -77,6 +80,16 @@ pub struct Train {
     /// Steps with a non-finite loss or gradient that are skipped in a row before the run stops.
     #[serde(default = "default_nonfinite_limit")]
     pub nonfinite_limit: usize,
+    /// On a GPU, choose only kernels whose results have the same bits in every run.
+    #[serde(default)]
+    pub deterministic: bool,
+    /// On a GPU, capture a whole step once and replay it as one piece of work.
+    #[serde(default = "yes")]
+    pub capture_steps: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn one() -> usize {
@@ -114,7 +127,11 @@ impl Default for Checkpoint {
 pub enum Precision {
     #[default]
     Fp32,
+    /// fp32, with the inputs of matrix products rounded to tf32 where the device has it (NVIDIA GPUs).
+    Tf32,
     Bf16,
+    /// With a loss scale that adapts itself (arXiv 1710.03740, section 3.2).
+    Fp16,
 }
 
 /// The grid of samples drawn during training.

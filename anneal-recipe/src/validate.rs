@@ -49,9 +49,13 @@ impl Recipe {
     pub fn validate(&self) -> Result<(), RecipeError> {
         let mut problems = Problems::default();
         problems.require(!self.name.trim().is_empty(), || "name is empty; give the run a name".into());
-        problems.require(!self.device.trim().is_empty(), || "device is empty; write cpu or cpu:2".into());
+        problems
+            .require(!self.device.trim().is_empty(), || "device is empty; write cpu, cpu:2 or cuda".into());
         problems
             .require(!self.output.as_os_str().is_empty(), || "output is empty; name the run's folder".into());
+        problems.require(self.memory_limit.is_none_or(|limit| limit.0 > 0), || {
+            "memory_limit is 0; write a size such as 8GiB, or null for none".into()
+        });
         match &self.model {
             Model::Dit(dit) => check_dit(dit, &mut problems),
         }
@@ -271,7 +275,11 @@ fn check_optim(optim: &Optim, steps: usize, problems: &mut Problems) {
         format!("optim.min_lr is {}; it must not exceed optim.lr, which is {}", optim.min_lr, optim.lr)
     });
     problems.require(optim.warmup <= steps, || {
-        format!("optim.warmup is {}; it must not exceed train.steps, which is {steps}", optim.warmup)
+        format!(
+            "optim.warmup is {}; it must not exceed train.steps, which is {steps}: add optim.warmup={}",
+            optim.warmup,
+            steps / 10
+        )
     });
 }
 

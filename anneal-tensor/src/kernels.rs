@@ -6,7 +6,7 @@ use anneal_device::cuda::Variant;
 use crate::DType;
 
 /// The macros `NAME` (an element type of the prelude) and, where it is f32, `PRECISE`.
-pub(crate) fn element(name: &'static str, dtype: DType) -> Vec<(&'static str, String)> {
+pub fn element(name: &'static str, dtype: DType) -> Vec<(&'static str, String)> {
     let kind = match dtype {
         DType::F32 => "float",
         DType::BF16 => "bf16",

@@ -2,6 +2,8 @@
 
 #[path = "../src/ops/attention/tests.rs"]
 mod attention;
+#[path = "../src/ops/attention/backend_tests.rs"]
+mod attention_backends;
 #[path = "../src/ops/binary/tests.rs"]
 mod binary;
 #[path = "../src/ops/cast/tests.rs"]

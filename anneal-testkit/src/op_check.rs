@@ -64,7 +64,7 @@ impl Array {
         })
     }
 
-    pub fn rounded(&self, dtype: DType) -> Self {
+    fn rounded(&self, dtype: DType) -> Self {
         let round = |value: &f64| match dtype {
             DType::BF16 => half::bf16::from_f64(*value).to_f64(),
             DType::F16 => half::f16::from_f64(*value).to_f64(),

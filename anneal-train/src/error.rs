@@ -28,9 +28,9 @@ pub enum TrainError {
     )]
     Diverged { limit: usize, step: u64 },
     #[error(
-        "the checkpoint in {run} was made by another recipe, so it cannot be continued by this one:\n  {differences}\nRun it with the old values, or choose another output folder"
+        "the checkpoint in {run} was made by another recipe, so it cannot be continued by this one:\n  {differences}\n{advice}"
     )]
-    OtherRecipe { run: String, differences: String },
+    OtherRecipe { run: String, differences: String, advice: String },
     #[error("drawing samples failed: {0}")]
     Preview(String),
 }

@@ -7,6 +7,7 @@
 
 pub mod checkpoint;
 mod error;
+mod outcomes;
 pub mod plan;
 pub mod report;
 pub mod run;

@@ -96,15 +96,22 @@ impl Plan {
 }
 
 /// Numbers that one token leaves behind for backward in a block, in units of the hidden size: the two
-/// residual sums and their norms (4), queries, keys and values (3), attention's output (1), the two
-/// branches (2), and the feed-forward part before and after its activation (2 times the ratio).
+/// residual sums (2), queries, keys and values (3), attention's output (1) and the two branches (2).
+/// On the CPU also the norms of the sums (2), and the feed-forward part before and after its activation (2 times
+/// the ratio). A GPU makes the norms and the activation again in backward, which costs it less than to
+/// read them: there it is the part before the activation alone (1 times the ratio), in all 12 units at a ratio
+/// of 4, and attention's logarithms of sums, one f32 number for each head.
 fn activations(recipe: &Recipe, config: &DitConfig, element: usize) -> usize {
     let Model::Dit(dit) = &recipe.model;
     let rows = recipe.train.batch / recipe.train.accumulate;
     let [height, width] = config.grid();
     let tokens = rows * height * width;
     let unit = config.hidden_size * element;
-    let block = tokens * (unit * 10 + 2 * config.mlp_hidden_size() * element);
+    let hidden = config.mlp_hidden_size() * element;
+    let block = match settings::on_gpu(recipe) {
+        true => tokens * (unit * 8 + hidden + config.heads * DType::F32.size()),
+        false => tokens * (unit * 10 + 2 * hidden),
+    };
     let kept = match dit.checkpoint_activations {
         true => tokens * unit * 2 * config.depth + block,
         false => block * config.depth,

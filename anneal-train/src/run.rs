@@ -3,7 +3,6 @@
 //! A run folder holds `recipe.yaml` (resolved), `plan.txt`, `checkpoints/`, `metrics.jsonl`, TensorBoard
 //! events, `loss.png` and `samples/`. It has one writer. Running the same recipe again continues it.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -53,6 +52,8 @@ pub struct RunOptions<'a> {
 pub struct RunReport {
     pub folder: PathBuf,
     pub steps: u64,
+    /// Those of `steps` that earlier starts had done.
+    pub steps_before: u64,
     /// Stopped before the recipe's last step.
     pub stopped: bool,
     pub last_loss: Option<f64>,
@@ -72,7 +73,8 @@ pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<RunReport> {
         .map_err(anneal_weights::FileError::on("make the run folder", &folder))?;
     let lock = RunLock::acquire(&folder)?;
     let mut trainer = Trainer::new(recipe)?;
-    let warnings = state::resume(&mut trainer, &folder, options.changed_recipe)?;
+    let mut warnings: Vec<String> = lock.warning().map(str::to_owned).into_iter().collect();
+    warnings.extend(state::resume(&mut trainer, &folder, options.changed_recipe)?);
     let mut run = Run::open(trainer, lock, folder, options)?;
     for warning in warnings {
         run.progress.screen().suspend(|| eprintln!("warning: {warning}"));
@@ -136,25 +138,42 @@ impl<'a> Run<'a> {
         let recipe = self.trainer.recipe().clone();
         let total = recipe.train.steps as u64;
         while self.trainer.steps_done() < total && !self.stopping() {
-            let outcome = self.trainer.step()?;
-            self.note(&outcome);
-            let due = |every: usize| every > 0 && outcome.step.is_multiple_of(every as u64);
-            if due(recipe.train.log_every) || outcome.step == total {
-                self.log(&outcome)?;
-            }
-            if due(recipe.train.checkpoint.every) {
+            let outcomes = self.trainer.step()?;
+            self.take(&outcomes)?;
+            let step = self.trainer.steps_done();
+            if is_due(step, recipe.train.checkpoint.every) {
+                self.finish_steps()?;
                 self.save()?;
             }
-            if due(recipe.sample.every) && outcome.step != total {
+            if is_due(step, recipe.sample.every) && step != total {
+                self.finish_steps()?;
                 self.draw()?;
             }
         }
+        self.finish_steps()?;
         if self.saved_step != Some(self.trainer.steps_done()) && self.trainer.steps_done() > 0 {
             self.save()?;
         }
         self.plot()?;
         if !self.stopping() && self.last.is_some() && recipe.sample.every > 0 {
             self.draw()?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the steps that are under way.
+    fn finish_steps(&mut self) -> Result<()> {
+        let outcomes = self.trainer.finish_steps()?;
+        self.take(&outcomes)
+    }
+
+    fn take(&mut self, outcomes: &[StepOutcome]) -> Result<()> {
+        let (every, total) = (self.trainer.recipe().train.log_every, self.trainer.recipe().train.steps);
+        for outcome in outcomes {
+            self.note(outcome);
+            if is_due(outcome.step, every) || outcome.step == total as u64 {
+                self.log(outcome)?;
+            }
         }
         Ok(())
     }
@@ -171,7 +190,7 @@ impl<'a> Run<'a> {
             let step = outcome.step;
             let line = format!(
                 "warning: step {step} skipped: its gradient is not finite ({} so far)",
-                self.trainer.skipped()
+                outcome.skipped_so_far
             );
             self.progress.screen().suspend(|| eprintln!("{line}"));
         }
@@ -186,7 +205,7 @@ impl<'a> Run<'a> {
             grad_norm: outcome.gradient_norm as f32,
             images_per_second: images as f64 / seconds.max(1e-9),
             memory_bytes: self.trainer.device().memory().peak_total as u64,
-            nonfinite_skipped: self.trainer.skipped(),
+            nonfinite_skipped: outcome.skipped_so_far,
         });
     }
 
@@ -194,6 +213,9 @@ impl<'a> Run<'a> {
         let (seconds, images) = std::mem::take(&mut self.interval);
         let images_per_second = images as f64 / seconds.max(1e-9);
         let memory_bytes = self.trainer.device().memory().peak_total as u64;
+        let scales_loss = self.trainer.optimizer().options().scale_loss;
+        let extra =
+            scales_loss.then(|| ("loss_scale".to_owned(), outcome.loss_scale.into())).into_iter().collect();
         self.metrics.write(&StepMetrics {
             step: outcome.step,
             time: unix_seconds(),
@@ -202,8 +224,8 @@ impl<'a> Run<'a> {
             lr: outcome.learning_rate,
             images_per_second,
             memory_bytes,
-            nonfinite_skipped: self.trainer.skipped(),
-            extra: BTreeMap::new(),
+            nonfinite_skipped: outcome.skipped_so_far,
+            extra,
         })?;
         let scalars = [
             ("train/loss", outcome.loss as f32),
@@ -254,6 +276,7 @@ impl<'a> Run<'a> {
     fn draw(&mut self) -> Result<()> {
         let step = self.trainer.steps_done();
         let rate = sampling_rate(self.trainer.recipe());
+        self.trainer.release_captured_step();
         let images =
             (self.options.preview)(self.trainer.sampling_store(rate)?).map_err(TrainError::Preview)?;
         let picture = picture(&images)?;
@@ -268,10 +291,12 @@ impl<'a> Run<'a> {
     fn finish(self) -> RunReport {
         self.progress.finish();
         let steps = self.trainer.steps_done();
-        let images = (steps - self.first_step) as f64 * self.trainer.recipe().train.batch as f64;
+        let steps_before = self.first_step;
+        let images = (steps - steps_before) as f64 * self.trainer.recipe().train.batch as f64;
         RunReport {
             folder: self.folder,
             steps,
+            steps_before,
             stopped: steps < self.trainer.recipe().train.steps as u64,
             last_loss: self.last.map(|outcome| outcome.loss),
             training: Duration::from_secs_f64(self.training_seconds),
@@ -279,6 +304,10 @@ impl<'a> Run<'a> {
             peak_memory: self.trainer.device().memory().peak_total,
         }
     }
+}
+
+fn is_due(step: u64, every: usize) -> bool {
+    every > 0 && step.is_multiple_of(every as u64)
 }
 
 /// The average that samples are drawn from: the recipe's choice, else the first, else none.

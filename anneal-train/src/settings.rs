@@ -5,10 +5,10 @@ use anneal_diffusion::{BetaSchedule, Objective, Prediction, Process, Schedule, T
 use anneal_models::dit::DitConfig;
 use anneal_optim::{AdamWOptions, LearningRate, Shape};
 use anneal_recipe::{
-    Convention, DataKind, Diffusion, Dit, DitArchitecture, ImageSize, LearningRateSchedule, Model,
-    NoiseSchedule, Recipe, Target,
+    ByteSize, Convention, DataKind, Diffusion, Dit, DitArchitecture, ImageSize, LearningRateSchedule, Model,
+    NoiseSchedule, Precision, Recipe, Target,
 };
-use anneal_tensor::DType;
+use anneal_tensor::{DType, Device};
 
 use crate::error::{Result, TrainError};
 
@@ -88,6 +88,7 @@ pub fn optimizer(recipe: &Recipe) -> AdamWOptions {
         clip: optim.clip,
         ema_rates: recipe.ema.rates.clone(),
         ema_warmup: recipe.ema.warmup,
+        scale_loss: recipe.train.precision == Precision::Fp16,
     }
 }
 
@@ -104,9 +105,28 @@ pub fn learning_rate(recipe: &Recipe) -> LearningRate {
 
 pub fn compute_dtype(recipe: &Recipe) -> DType {
     match recipe.train.precision {
-        anneal_recipe::Precision::Fp32 => DType::F32,
-        anneal_recipe::Precision::Bf16 => DType::BF16,
+        Precision::Fp32 | Precision::Tf32 => DType::F32,
+        Precision::Bf16 => DType::BF16,
+        Precision::Fp16 => DType::F16,
     }
+}
+
+/// Where a recipe computes, told what it may do with numbers.
+///
+/// # Errors
+/// If there is no such device.
+pub fn device(recipe: &Recipe) -> Result<Device> {
+    let device = Device::parse(&recipe.device, recipe.memory_limit.map(ByteSize::bytes))?;
+    if let Device::Cuda(cuda) = &device {
+        cuda.set_tf32(recipe.train.precision == Precision::Tf32);
+        cuda.set_deterministic(recipe.train.deterministic);
+    }
+    Ok(device)
+}
+
+/// Whether the recipe's device is a GPU.
+pub fn on_gpu(recipe: &Recipe) -> bool {
+    recipe.device.starts_with("cuda")
 }
 
 pub fn data_source(recipe: &Recipe) -> SourceConfig {

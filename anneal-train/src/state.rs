@@ -9,13 +9,14 @@ use std::path::Path;
 use anneal_data::Cursor;
 use anneal_models::dit::DitConfig;
 use anneal_nn::{ParamId, ParamStore};
-use anneal_optim::State;
+use anneal_optim::{LossScale, Progress, State};
 use anneal_recipe::{Recipe, differences};
 use anneal_weights::{StoredDType, TensorSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, Checkpoint, RunLock};
 use crate::error::{Result, TrainError};
+use crate::outcomes::Skipped;
 use crate::trainer::{Trainer, open_loader};
 
 /// The part of a checkpoint that is not tensors.
@@ -23,12 +24,22 @@ use crate::trainer::{Trainer, open_loader};
 pub struct SavedState {
     pub step: u64,
     pub optimizer_steps: u64,
+    /// Where the loss is scaled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<SavedLossScale>,
     pub skipped: u64,
     pub skipped_in_a_row: u64,
     pub cursor: Cursor,
     pub model: DitConfig,
     /// The resolved recipe as YAML.
     pub recipe: String,
+}
+
+/// See [`LossScale`].
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct SavedLossScale {
+    pub scale: f32,
+    pub good_steps: u32,
 }
 
 impl SavedState {
@@ -55,7 +66,11 @@ pub fn average_group(rate: f64) -> String {
 }
 
 /// Writes a checkpoint, then removes those beyond the recipe's `keep_last`.
+///
+/// # Panics
+/// If steps are under way: their outcomes belong into the checkpoint (see [`Trainer::finish_steps`]).
 pub fn save(trainer: &Trainer, lock: &RunLock) -> Result<()> {
+    assert!(trainer.outcomes.is_empty(), "a checkpoint was asked for while steps are under way");
     let store: &dyn ParamStore = &*trainer.store;
     let optimizer = &trainer.optimizer;
     let read = |state: State, id: ParamId| match optimizer.read(store, state, id)? {
@@ -86,11 +101,14 @@ pub fn save(trainer: &Trainer, lock: &RunLock) -> Result<()> {
     for (index, rate) in trainer.recipe.ema.rates.iter().enumerate() {
         group(&average_group(*rate), &all, &specs(&all, ""), &[State::Average(index)])?;
     }
+    let Progress { steps, loss_scale: LossScale { scale, good_steps } } = optimizer.progress()?;
+    let skipped = trainer.outcomes.skipped;
     let state = SavedState {
         step: trainer.step,
-        optimizer_steps: optimizer.steps(),
-        skipped: trainer.skipped,
-        skipped_in_a_row: trainer.skipped_in_a_row,
+        optimizer_steps: steps,
+        loss_scale: optimizer.options().scale_loss.then_some(SavedLossScale { scale, good_steps }),
+        skipped: skipped.in_all,
+        skipped_in_a_row: skipped.in_a_row,
         cursor: trainer.loader.cursor(),
         model: trainer.model().config().clone(),
         recipe: trainer.recipe.to_yaml(),
@@ -126,24 +144,29 @@ pub fn resume(trainer: &mut Trainer, run: &Path, changed_recipe: bool) -> Result
             write(State::Average(index), &read(&average_group(*rate), &spec.name)?)?;
         }
     }
-    trainer.optimizer.set_steps(saved.optimizer_steps);
+    let loss_scale = saved
+        .loss_scale
+        .map_or(LossScale::START, |SavedLossScale { scale, good_steps }| LossScale { scale, good_steps });
+    trainer.optimizer.set_progress(Progress { steps: saved.optimizer_steps, loss_scale })?;
     trainer.step = saved.step;
-    trainer.skipped = saved.skipped;
-    trainer.skipped_in_a_row = saved.skipped_in_a_row;
+    trainer.outcomes.skipped = Skipped { in_all: saved.skipped, in_a_row: saved.skipped_in_a_row };
     trainer.loader = open_loader(&trainer.recipe, saved.cursor)?;
     Ok(newest.warnings)
 }
 
-/// Keys that change neither the bits of training nor what is being trained.
-const FREE: [&str; 14] = [
+/// Keys that say where and how it is trained, not what.
+const FREE: [&str; 17] = [
     "name",
     "device",
+    "memory_limit",
     "output",
     "sample",
     "train.log_every",
     "train.checkpoint",
     "train.chunk_size",
     "train.nonfinite_limit",
+    "train.deterministic",
+    "train.capture_steps",
     "model.checkpoint_activations",
     "data.path",
     "data.workers",
@@ -168,5 +191,26 @@ fn check_same_recipe(old: &Recipe, new: &Recipe, run: &Path, changed: bool) -> R
     if differences.is_empty() {
         return Ok(());
     }
-    Err(TrainError::OtherRecipe { run: run.display().to_string(), differences: differences.join("\n  ") })
+    let run = run.display().to_string();
+    let fixed = differences.iter().any(|line| is_under(line, &FIXED));
+    let advice = match fixed {
+        true => "Run it with the old values, or choose another output folder".into(),
+        false => format!(
+            "To go on with the new values: anneal resume {run} {}\nOtherwise run it with the old values, or choose another output folder",
+            differences.iter().filter_map(|line| change(line)).collect::<Vec<_>>().join(" ")
+        ),
+    };
+    Err(TrainError::OtherRecipe { run, differences: differences.join("\n  "), advice })
+}
+
+/// `optim.lr: 0.0001 -> 0.0002` as the change of a command line, `optim.lr=0.0002`.
+fn change(difference: &str) -> Option<String> {
+    let (key, values) = difference.split_once(": ")?;
+    let value = values.split_once(" -> ")?.1;
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.+/".contains(&byte);
+    match value {
+        "absent" => None,
+        value if value.bytes().all(is_plain) => Some(format!("{key}={value}")),
+        value => Some(format!("'{key}={value}'")),
+    }
 }

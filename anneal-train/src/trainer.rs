@@ -3,11 +3,14 @@
 //! Contract: the state after a step is a function of the recipe and the number of steps alone. Every
 //! draw is keyed by (seed, purpose, step, row of the batch), so neither accumulation nor the
 //! number of threads or workers changes it, and a run continued from a checkpoint has the same bits.
+//! On a GPU a step is queued, not waited for, and from the third on replayed as one captured piece of work; so
+//! everything that changes from step to step goes there as an upload, and nothing is read back inside a step.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use anneal_data::{Cursor, Loader};
+use anneal_device::cuda::RepeatedWork;
 use anneal_diffusion::{Objective, TimeDensity, draw_label_drops, draw_timesteps};
 use anneal_models::dit::{Dit, DitConfig};
 use anneal_models::{Conditioning, Denoiser};
@@ -17,7 +20,12 @@ use anneal_recipe::{Model, Recipe};
 use anneal_tensor::{Device, Tape, Tensor, ops};
 
 use crate::error::{Result, TrainError};
+pub use crate::outcomes::StepOutcome;
+use crate::outcomes::{DeviceFigures, Outcomes, PendingFigures, Started};
 use crate::settings;
+
+/// Steps that may be queued on a GPU: one that runs, and one that follows without a gap.
+const STEPS_UNDER_WAY: usize = 2;
 
 /// A model, its optimizer and its data, at some step.
 pub struct Trainer {
@@ -30,31 +38,17 @@ pub struct Trainer {
     density: TimeDensity,
     learning_rate: LearningRate,
     pub(crate) loader: Loader,
-    /// Steps done, skipped ones included.
+    /// Steps begun, skipped ones included.
     pub(crate) step: u64,
-    /// Steps skipped because a gradient was not finite: in all, and since the last good one.
-    pub(crate) skipped: u64,
-    pub(crate) skipped_in_a_row: u64,
-}
-
-/// What a step did.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepOutcome {
-    /// The step's number, from 1.
-    pub step: u64,
-    /// Mean loss of the batch before the step.
-    pub loss: f64,
-    pub gradient_norm: f64,
-    pub learning_rate: f64,
-    /// The gradient was not finite and nothing changed.
-    pub skipped: bool,
-    pub seconds: f64,
+    pub(crate) outcomes: Outcomes<PendingFigures>,
+    /// The step as it is captured on a GPU.
+    captured: RepeatedWork,
 }
 
 impl Trainer {
     /// Opens the data and makes the model with freshly drawn weights, on the recipe's device.
     pub fn new(recipe: &Recipe) -> Result<Self> {
-        let device = Device::parse(&recipe.device, None)?;
+        let device = settings::device(recipe)?;
         let (model, parameters) = Dit::new(&settings::model_config(recipe)?)?;
         let options = StoreOptions {
             compute_dtype: settings::compute_dtype(recipe),
@@ -77,8 +71,8 @@ impl Trainer {
             learning_rate: settings::learning_rate(recipe),
             loader,
             step: 0,
-            skipped: 0,
-            skipped_in_a_row: 0,
+            outcomes: Outcomes::new(recipe.train.nonfinite_limit),
+            captured: RepeatedWork::default(),
         })
     }
 
@@ -102,19 +96,26 @@ impl Trainer {
         &self.optimizer
     }
 
-    /// Steps done.
+    /// Steps begun; all of them are done once [`Self::finish_steps`] returns.
     pub fn steps_done(&self) -> u64 {
         self.step
     }
 
-    /// Steps skipped because a gradient was not finite.
+    /// Steps skipped because a gradient was not finite, of those whose outcome has come.
     pub fn skipped(&self) -> u64 {
-        self.skipped
+        self.outcomes.skipped.in_all
     }
 
-    /// What the loader has to say about bad samples since the last call.
+    /// What the loader has to say about bad samples since the last call, and whether steps are no longer captured.
     pub fn take_warnings(&mut self) -> Vec<String> {
-        self.loader.take_warnings()
+        let problem = self.captured.take_problem();
+        let told = problem.map(|why| format!("steps are no longer captured, which costs time: {why}"));
+        self.loader.take_warnings().into_iter().chain(told).collect()
+    }
+
+    /// Gives the memory of the captured step to others, such as sampling; the next step is captured anew.
+    pub fn release_captured_step(&mut self) {
+        self.captured.release();
     }
 
     /// A store with the weights to draw samples from: an average, or the weights themselves.
@@ -134,50 +135,58 @@ impl Trainer {
         Ok(Arc::new(target))
     }
 
-    /// The next step.
+    /// Begins the next step. The outcomes that have come since the last call, in order: on the CPU this
+    /// step's; on a GPU, which is not waited for, those of steps before it.
     ///
     /// # Errors
     /// Unusable data; memory; or too many steps in a row without a finite gradient.
-    pub fn step(&mut self) -> Result<StepOutcome> {
-        let start = Instant::now();
-        let total = self.recipe.train.batch;
-        let part = total / self.recipe.train.accumulate;
+    pub fn step(&mut self) -> Result<Vec<StepOutcome>> {
+        let begun = Instant::now();
         let batch = self.loader.next_batch()?;
         let (images, labels) = (batch.images.clone(), batch.labels.clone());
-        let mut loss = 0.0;
-        for first in (0..total).step_by(part) {
-            loss += self.accumulate(&images, &labels, first..first + part)? / total as f64;
-        }
         let learning_rate = self.learning_rate.at(self.step);
-        let report = self.optimizer.step(&*self.store, learning_rate)?;
+        let figures = self.run_step(&images, &labels, learning_rate)?.read_later()?;
         self.step += 1;
-        self.count_skipped(report.skipped)?;
-        Ok(StepOutcome {
-            step: self.step,
-            loss,
-            gradient_norm: report.gradient_norm,
-            learning_rate,
-            skipped: report.skipped,
-            seconds: start.elapsed().as_secs_f64(),
-        })
+        self.outcomes.push(Started { step: self.step, learning_rate, begun }, figures);
+        self.outcomes.arrived(STEPS_UNDER_WAY)
     }
 
-    fn count_skipped(&mut self, skipped: bool) -> Result<()> {
-        if !skipped {
-            self.skipped_in_a_row = 0;
-            return Ok(());
-        }
-        self.skipped += 1;
-        self.skipped_in_a_row += 1;
-        let limit = self.recipe.train.nonfinite_limit;
-        if self.skipped_in_a_row >= limit as u64 {
-            return Err(TrainError::Diverged { limit, step: self.step });
-        }
-        Ok(())
+    /// Waits until all steps begun are done; the outcomes that [`Self::step`] has not returned.
+    ///
+    /// # Errors
+    /// As [`Self::step`].
+    pub fn finish_steps(&mut self) -> Result<Vec<StepOutcome>> {
+        self.outcomes.arrived(0)
     }
 
-    /// Adds the gradient of some rows of the batch; their summed loss.
-    fn accumulate(&self, images: &[f32], labels: &[i64], rows: std::ops::Range<usize>) -> Result<f64> {
+    /// The step's work, captured where it can be.
+    fn run_step(&mut self, images: &[f32], labels: &[i64], learning_rate: f64) -> Result<DeviceFigures> {
+        match self.device.clone() {
+            Device::Cuda(cuda) if self.recipe.train.capture_steps => {
+                let mut captured = std::mem::take(&mut self.captured);
+                let result = captured.run(&cuda, || self.compute_step(images, labels, learning_rate));
+                self.captured = captured;
+                result
+            }
+            _ => self.compute_step(images, labels, learning_rate),
+        }
+    }
+
+    fn compute_step(&mut self, images: &[f32], labels: &[i64], learning_rate: f64) -> Result<DeviceFigures> {
+        // A step that failed half way, as a capture may, has left gradients.
+        self.store.clear_gradients();
+        let total = self.recipe.train.batch;
+        let part = total / self.recipe.train.accumulate;
+        let passes = (0..total).step_by(part);
+        let losses = passes
+            .map(|first| self.accumulate(images, labels, first..first + part))
+            .collect::<Result<Vec<Tensor>>>()?;
+        let report = self.optimizer.step(&*self.store, learning_rate)?;
+        Ok(DeviceFigures { losses, report })
+    }
+
+    /// Adds the gradient of some rows of the batch; the loss of each, f32 [rows].
+    fn accumulate(&self, images: &[f32], labels: &[i64], rows: std::ops::Range<usize>) -> Result<Tensor> {
         let (seed, step) = (self.recipe.seed, self.step);
         let Model::Dit(dit) = &self.recipe.model;
         let samples: Vec<u64> = rows.clone().map(|row| row as u64).collect();
@@ -205,9 +214,15 @@ impl Trainer {
         let losses = self.objective.loss(&output, &clean, &noise, &timesteps)?;
         drop((output, clean, noise));
         let mean = ops::mean(&losses.total, &[0], false)?;
-        tape.backward_scaled(&mean, rows.len() as f32 / self.recipe.train.batch as f32)?;
-        let values = losses.total.to_vec::<f32>()?;
-        Ok(values.into_iter().map(f64::from).sum())
+        let share = rows.len() as f32 / self.recipe.train.batch as f32;
+        match self.optimizer.loss_scale()? {
+            None => tape.backward_scaled(&mean, share)?,
+            Some(scale) => {
+                let seed = ops::scale(&scale, share)?;
+                tape.backward_from(vec![(mean, seed)])?;
+            }
+        }
+        Ok(losses.total.detach())
     }
 }
 

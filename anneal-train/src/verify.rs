@@ -2,20 +2,23 @@
 //!
 //! One run goes through without a stop. Another, with another number of data workers, stops in the
 //! middle, writes a checkpoint, and is continued from it by a new process's worth of fresh objects on
-//! another number of threads. Losses, weights, moments, averages and samples must have the same bits.
+//! another number of threads. On a GPU both choose deterministic kernels, and the second run does not capture its
+//! steps, so that a replayed step is compared with a plain one too.
+//! Losses, weights, moments, averages and samples must have the same bits.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use anneal_nn::ParamStore;
 use anneal_optim::State;
-use anneal_recipe::Recipe;
+use anneal_recipe::{Recipe, Train};
 
 use crate::checkpoint::RunLock;
 use crate::error::{Result, TrainError};
 use crate::run::{Preview, sampling_rate};
+use crate::settings;
 use crate::state;
-use crate::trainer::Trainer;
+use crate::trainer::{StepOutcome, Trainer};
 
 /// What was compared and what differed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,6 +60,8 @@ pub fn verify_resume(
         let message = format!("the stop must lie within the run: between 1 and {}", options.steps - 1);
         return Err(TrainError::Settings { message });
     }
+    let on_gpu = settings::on_gpu(recipe);
+    let recipe = &with_determinism(recipe, on_gpu || recipe.train.deterministic);
     let mut whole = Trainer::new(recipe)?;
     let mut losses = Vec::new();
     advance(&mut whole, options.steps, &mut losses)?;
@@ -65,6 +70,7 @@ pub fn verify_resume(
 
     let mut other = recipe.clone();
     other.data.workers = if recipe.data.workers == 1 { 4 } else { 1 };
+    other.train.capture_steps = false;
     let mut losses = Vec::new();
     {
         let lock = RunLock::acquire(scratch)?;
@@ -72,7 +78,9 @@ pub fn verify_resume(
         advance(&mut stopped, options.stop_at, &mut losses)?;
         state::save(&stopped, &lock)?;
     }
-    other.device = if recipe.device == "cpu:1" { "cpu:3".into() } else { "cpu:1".into() };
+    if !on_gpu {
+        other.device = if recipe.device == "cpu:1" { "cpu:3".into() } else { "cpu:1".into() };
+    }
     let mut continued = Trainer::new(&other)?;
     state::resume(&mut continued, scratch, false)?;
     if continued.steps_done() != options.stop_at {
@@ -83,10 +91,38 @@ pub fn verify_resume(
     Ok(compare(&uninterrupted, &trace(&continued, losses, preview)?))
 }
 
+/// Median seconds of a captured step on a GPU: with kernels chosen freely, and with deterministic ones.
+///
+/// # Errors
+/// Those of training.
+pub fn cost_of_determinism(recipe: &Recipe, steps: u64) -> Result<[f64; 2]> {
+    /// In which kernels are measured, the step is captured, and the queue fills.
+    const WARMUP: u64 = 6;
+    let median = |deterministic| -> Result<f64> {
+        let mut trainer = Trainer::new(&with_determinism(recipe, deterministic))?;
+        let mut outcomes = Vec::new();
+        while trainer.steps_done() < WARMUP + steps.max(1) {
+            outcomes.extend(trainer.step()?);
+        }
+        outcomes.extend(trainer.finish_steps()?);
+        let mut seconds: Vec<f64> =
+            outcomes[WARMUP as usize..].iter().map(|outcome| outcome.seconds).collect();
+        seconds.sort_by(f64::total_cmp);
+        Ok(seconds[seconds.len() / 2])
+    };
+    Ok([median(false)?, median(true)?])
+}
+
+fn with_determinism(recipe: &Recipe, deterministic: bool) -> Recipe {
+    Recipe { train: Train { deterministic, ..recipe.train.clone() }, ..recipe.clone() }
+}
+
 fn advance(trainer: &mut Trainer, steps: u64, losses: &mut Vec<f64>) -> Result<()> {
+    let mut take = |outcomes: Vec<StepOutcome>| losses.extend(outcomes.iter().map(|outcome| outcome.loss));
     while trainer.steps_done() < steps {
-        losses.push(trainer.step()?.loss);
+        take(trainer.step()?);
     }
+    take(trainer.finish_steps()?);
     Ok(())
 }
 

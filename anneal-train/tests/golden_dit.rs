@@ -1,6 +1,6 @@
 //! DiT against the public PyTorch implementation: forward, losses, every gradient, optimizer steps
-//! with EMA, and whole sampling runs. Sizes and settings come from each file; `ANNEAL_GOLDEN`
-//! names another folder of such files.
+//! with EMA, and whole sampling runs; on the CPU and on a GPU. Sizes and settings come from each file;
+//! `ANNEAL_GOLDEN` names another folder of such files.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use anneal_models::{Conditioning, Denoiser};
 use anneal_nn::{Forward, ParamStore, ResidentStore, StoreOptions};
 use anneal_optim::{AdamW, AdamWOptions, Decay, State};
 use anneal_tensor::{DType, Device, Tape, Tensor, ops};
-use anneal_testkit::{Golden, Tolerance, assert_close, relative_error};
+use anneal_testkit::{Golden, Tolerance, assert_close, on_every_device, relative_error};
 
 /// Weights by their public names.
 type Weights = BTreeMap<String, Vec<f32>>;
@@ -28,13 +28,14 @@ struct Case {
 }
 
 impl Case {
-    fn all() -> Vec<Self> {
-        let cases: Vec<Self> = Golden::matching("dit_").into_iter().map(Self::new).collect();
+    fn all(device: &Device) -> Vec<Self> {
+        let cases: Vec<Self> =
+            Golden::matching("dit_").into_iter().map(|golden| Self::new(golden, device)).collect();
         assert!(!cases.is_empty(), "no golden DiT file was found");
         cases
     }
 
-    fn new(golden: Golden) -> Self {
+    fn new(golden: Golden, device: &Device) -> Self {
         let number = |key: &str| {
             golden.config()[key].as_u64().unwrap_or_else(|| panic!("{key} in the metadata")) as usize
         };
@@ -52,15 +53,14 @@ impl Case {
             frequency_shift: 0,
             block_embedders: false,
         };
-        let device = Device::cpu(Some(2), None);
         let (model, parameters) = Dit::new(&config).unwrap();
         // A small chunk size, so that parameters are spread over several.
         let options = StoreOptions { compute_dtype: DType::F32, chunk_elements: 1 << 14, train: true };
-        let store = Arc::new(ResidentStore::new(Arc::new(parameters), &device, options).unwrap());
+        let store = Arc::new(ResidentStore::new(Arc::new(parameters), device, options).unwrap());
         let schedule = Schedule::new(BetaSchedule::linear(1000), 1000).unwrap();
         let process = Process::Diffusion(schedule);
         let objective = Objective::new(process, Prediction::Epsilon, config.learn_sigma, None).unwrap();
-        Self { golden, device, model, store, objective }
+        Self { golden, device: device.clone(), model, store, objective }
     }
 
     fn weights(&self, prefix: &str) -> Weights {
@@ -130,13 +130,14 @@ impl Case {
             clip: None,
             ema_rates: vec![number(&self.golden.config()["ema_decay"])],
             ema_warmup: false,
+            scale_loss: false,
         };
         let mut optimizer = AdamW::new(&*self.store, options).unwrap();
         let mut losses = Vec::new();
         for step in 0..self.golden.f32("train.losses").0.len() {
             let total = &self.backward(&format!("train.{step}.t"), &format!("train.{step}.noise"), false)[2];
             losses.push(total.iter().sum::<f32>() / total.len() as f32);
-            let report = optimizer.step(&*self.store, number(&config["lr"])).unwrap();
+            let report = optimizer.step(&*self.store, number(&config["lr"])).unwrap().wait().unwrap();
             assert!(!report.skipped);
         }
         let read = |state| {
@@ -185,82 +186,107 @@ fn assert_all_close(case: &str, got: &Weights, expected: &Weights, tolerance: To
 
 #[test]
 fn forward_losses_and_every_gradient() {
-    for case in Case::all() {
-        let name = case.golden.name().to_owned();
-        case.load(&case.initial());
-        let forward = Forward::new(case.store.clone());
-        let output =
-            case.predict(&forward, &case.tensor("in.x"), &case.timesteps("in.t"), &case.golden.i64("in.y").0);
-        let expected = case.golden.f32("out.forward").0;
-        assert_close(
-            &format!("{name} forward"),
-            &output.to_vec::<f32>().unwrap(),
-            &expected,
-            Tolerance::Forward,
-        );
-        let noised = case
-            .objective
-            .noised(&case.tensor("in.x"), &case.tensor("in.noise"), &case.timesteps("in.t"))
-            .unwrap();
-        let expected = case.golden.f32("out.x_t").0;
-        assert_close(&format!("{name} x_t"), &noised.to_vec::<f32>().unwrap(), &expected, Tolerance::Forward);
+    on_every_device("forward losses and every gradient", |device| {
+        for case in Case::all(device) {
+            let name = case.golden.name().to_owned();
+            case.load(&case.initial());
+            let forward = Forward::new(case.store.clone());
+            let output = case.predict(
+                &forward,
+                &case.tensor("in.x"),
+                &case.timesteps("in.t"),
+                &case.golden.i64("in.y").0,
+            );
+            let expected = case.golden.f32("out.forward").0;
+            assert_close(
+                &format!("{name} forward"),
+                &output.to_vec::<f32>().unwrap(),
+                &expected,
+                Tolerance::Forward,
+            );
+            let noised = case
+                .objective
+                .noised(&case.tensor("in.x"), &case.tensor("in.noise"), &case.timesteps("in.t"))
+                .unwrap();
+            let expected = case.golden.f32("out.x_t").0;
+            assert_close(
+                &format!("{name} x_t"),
+                &noised.to_vec::<f32>().unwrap(),
+                &expected,
+                Tolerance::Forward,
+            );
 
-        let expected = case.weights("grad.");
-        let mut plain = None;
-        for checkpoint in [false, true] {
-            case.store.clear_gradients();
-            let losses = case.backward("in.t", "in.noise", checkpoint);
-            for (loss, kind) in losses.iter().zip(["mse", "vb", "loss"]) {
-                let golden = format!("out.{kind}");
-                if case.golden.has(&golden) {
-                    assert_close(
-                        &format!("{name} {kind}"),
-                        loss,
-                        &case.golden.f32(&golden).0,
-                        Tolerance::Forward,
-                    );
+            let expected = case.weights("grad.");
+            let mut plain = None;
+            for checkpoint in [false, true] {
+                case.store.clear_gradients();
+                let losses = case.backward("in.t", "in.noise", checkpoint);
+                for (loss, kind) in losses.iter().zip(["mse", "vb", "loss"]) {
+                    let golden = format!("out.{kind}");
+                    if case.golden.has(&golden) {
+                        assert_close(
+                            &format!("{name} {kind}"),
+                            loss,
+                            &case.golden.f32(&golden).0,
+                            Tolerance::Forward,
+                        );
+                    }
                 }
+                let gradients = case.gradients();
+                assert!(gradients.keys().eq(expected.keys()), "{name}: gradients differ in names");
+                assert_all_close(&format!("{name} gradient"), &gradients, &expected, Tolerance::Gradient);
+                let plain = plain.get_or_insert_with(|| gradients.clone());
+                assert!(*plain == gradients, "{name}: activation checkpointing changed a gradient's bits");
             }
-            let gradients = case.gradients();
-            assert!(gradients.keys().eq(expected.keys()), "{name}: gradients differ in names");
-            assert_all_close(&format!("{name} gradient"), &gradients, &expected, Tolerance::Gradient);
-            let plain = plain.get_or_insert_with(|| gradients.clone());
-            assert!(*plain == gradients, "{name}: activation checkpointing changed a gradient's bits");
         }
-    }
+    });
 }
 
 #[test]
 fn the_position_table_is_the_published_one() {
-    for case in Case::all() {
-        let id = case.store.parameters().find("pos_embed").unwrap();
-        let ours = case.store.parameters().spec(id).init.values(0, id, case.store.parameters().spec(id));
-        assert_close(case.golden.name(), &ours, &case.golden.f32("param.pos_embed").0, Tolerance::Forward);
-    }
+    on_every_device("the position table is the published one", |device| {
+        for case in Case::all(device) {
+            let id = case.store.parameters().find("pos_embed").unwrap();
+            let ours = case.store.parameters().spec(id).init.values(0, id, case.store.parameters().spec(id));
+            assert_close(
+                case.golden.name(),
+                &ours,
+                &case.golden.f32("param.pos_embed").0,
+                Tolerance::Forward,
+            );
+        }
+    });
 }
 
 #[test]
 fn optimizer_steps_with_averages() {
-    let mut trained_cases = 0;
-    for case in Case::all().into_iter().filter(|case| case.golden.has("train.losses")) {
-        trained_cases += 1;
-        let name = case.golden.name().to_owned();
-        let (losses, trained, averages) = case.train(&case.initial());
-        assert_close(
-            &format!("{name} losses"),
-            &losses,
-            &case.golden.f32("train.losses").0,
-            Tolerance::Forward,
-        );
-        assert_all_close(
-            &format!("{name} trained"),
-            &trained,
-            &case.weights("trained."),
-            Tolerance::Gradient,
-        );
-        assert_all_close(&format!("{name} average"), &averages, &case.weights("ema."), Tolerance::Gradient);
-    }
-    assert!(trained_cases > 0, "no golden file has training steps");
+    on_every_device("optimizer steps with averages", |device| {
+        let mut trained_cases = 0;
+        for case in Case::all(device).into_iter().filter(|case| case.golden.has("train.losses")) {
+            trained_cases += 1;
+            let name = case.golden.name().to_owned();
+            let (losses, trained, averages) = case.train(&case.initial());
+            assert_close(
+                &format!("{name} losses"),
+                &losses,
+                &case.golden.f32("train.losses").0,
+                Tolerance::Forward,
+            );
+            assert_all_close(
+                &format!("{name} trained"),
+                &trained,
+                &case.weights("trained."),
+                Tolerance::Gradient,
+            );
+            assert_all_close(
+                &format!("{name} average"),
+                &averages,
+                &case.weights("ema."),
+                Tolerance::Gradient,
+            );
+        }
+        assert!(trained_cases > 0, "no golden file has training steps");
+    });
 }
 
 struct Recorded<'a> {
@@ -307,62 +333,66 @@ fn guided_pair(case: &Case, x: &Tensor, timesteps: &[f64], labels: &[i64], scale
 
 #[test]
 fn whole_sampling_runs_with_guidance() {
-    let mut runs = 0;
-    for case in Case::all().into_iter().filter(|case| case.golden.has("sample.z")) {
-        let weights = case.weights("trained.");
-        case.load(&if weights.is_empty() { case.weights("param.") } else { weights });
-        let scale = case.golden.config()["cfg_scale"].as_f64().expect("cfg_scale in the metadata");
-        let labels = case.golden.i64("sample.y").0;
-        let learned = Method::Ddpm { variance: StepVariance::LearnedRange };
-        let methods = [
-            ("ddpm", learned),
-            ("ddim", Method::Ddim { eta: 0.0 }),
-            ("ddim_eta1", Method::Ddim { eta: 1.0 }),
-        ];
-        for (name, method) in methods {
-            let (values, shape) = case.golden.f32(&format!("sample.{name}.noise"));
-            let count = shape[0];
-            let steps = if name == "ddpm" { format!("{count}") } else { format!("ddim{count}") };
-            let options = SamplerOptions {
-                method,
-                steps: Steps::Respaced(steps),
-                prediction: Prediction::Epsilon,
-                clip: None,
-            };
-            let sampler = Sampler::new(case.objective.process(), &options).unwrap();
-            let mut expected_timesteps = case.timesteps(&format!("sample.{name}.timesteps"));
-            expected_timesteps.sort_by(|a, b| b.total_cmp(a));
-            assert_eq!(sampler.timesteps(), expected_timesteps, "{name}");
-            let mut noise = Recorded { case: &case, values, shape };
-            let sample = sampler
-                .sample::<DiffusionError>(
-                    &mut |x, timesteps| Ok(guided_pair(&case, x, timesteps, &labels, scale)),
-                    &case.tensor("sample.z"),
-                    &mut noise,
-                    &mut |_| std::ops::ControlFlow::Continue(()),
-                )
-                .unwrap();
-            let expected = case.golden.f32(&format!("sample.{name}.out")).0;
-            let case_name = format!("{} {name}", case.golden.name());
-            assert_close(&case_name, &sample.to_vec::<f32>().unwrap(), &expected, Tolerance::Trajectory);
-            runs += 1;
+    on_every_device("whole sampling runs with guidance", |device| {
+        let mut runs = 0;
+        for case in Case::all(device).into_iter().filter(|case| case.golden.has("sample.z")) {
+            let weights = case.weights("trained.");
+            case.load(&if weights.is_empty() { case.weights("param.") } else { weights });
+            let scale = case.golden.config()["cfg_scale"].as_f64().expect("cfg_scale in the metadata");
+            let labels = case.golden.i64("sample.y").0;
+            let learned = Method::Ddpm { variance: StepVariance::LearnedRange };
+            let methods = [
+                ("ddpm", learned),
+                ("ddim", Method::Ddim { eta: 0.0 }),
+                ("ddim_eta1", Method::Ddim { eta: 1.0 }),
+            ];
+            for (name, method) in methods {
+                let (values, shape) = case.golden.f32(&format!("sample.{name}.noise"));
+                let count = shape[0];
+                let steps = if name == "ddpm" { format!("{count}") } else { format!("ddim{count}") };
+                let options = SamplerOptions {
+                    method,
+                    steps: Steps::Respaced(steps),
+                    prediction: Prediction::Epsilon,
+                    clip: None,
+                };
+                let sampler = Sampler::new(case.objective.process(), &options).unwrap();
+                let mut expected_timesteps = case.timesteps(&format!("sample.{name}.timesteps"));
+                expected_timesteps.sort_by(|a, b| b.total_cmp(a));
+                assert_eq!(sampler.timesteps(), expected_timesteps, "{name}");
+                let mut noise = Recorded { case: &case, values, shape };
+                let sample = sampler
+                    .sample::<DiffusionError>(
+                        &mut |x, timesteps| Ok(guided_pair(&case, x, timesteps, &labels, scale)),
+                        &case.tensor("sample.z"),
+                        &mut noise,
+                        &mut |_| std::ops::ControlFlow::Continue(()),
+                    )
+                    .unwrap();
+                let expected = case.golden.f32(&format!("sample.{name}.out")).0;
+                let case_name = format!("{} {name}", case.golden.name());
+                assert_close(&case_name, &sample.to_vec::<f32>().unwrap(), &expected, Tolerance::Trajectory);
+                runs += 1;
+            }
         }
-    }
-    assert!(runs > 0, "no golden file has sampling runs");
+        assert!(runs > 0, "no golden file has sampling runs");
+    });
 }
 
 #[test]
 fn a_wrong_weight_is_noticed() {
-    let case = &Case::all()[0];
-    let mut weights = case.initial();
-    weights.get_mut("blocks.0.attn.qkv.weight").unwrap()[0] += 0.1;
-    case.load(&weights);
-    let output = case.predict(
-        &Forward::new(case.store.clone()),
-        &case.tensor("in.x"),
-        &case.timesteps("in.t"),
-        &case.golden.i64("in.y").0,
-    );
-    let error = relative_error(&output.to_vec::<f32>().unwrap(), &case.golden.f32("out.forward").0);
-    assert!(error > Tolerance::Forward.limit(), "{error:e}");
+    on_every_device("a wrong weight is noticed", |device| {
+        let case = &Case::all(device)[0];
+        let mut weights = case.initial();
+        weights.get_mut("blocks.0.attn.qkv.weight").unwrap()[0] += 0.1;
+        case.load(&weights);
+        let output = case.predict(
+            &Forward::new(case.store.clone()),
+            &case.tensor("in.x"),
+            &case.timesteps("in.t"),
+            &case.golden.i64("in.y").0,
+        );
+        let error = relative_error(&output.to_vec::<f32>().unwrap(), &case.golden.f32("out.forward").0);
+        assert!(error > Tolerance::Forward.limit(), "{error:e}");
+    });
 }

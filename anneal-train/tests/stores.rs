@@ -3,7 +3,7 @@
 //! [`FreeingStore`] holds the weights in chunks of a lower tier, where the optimizer updates them. A
 //! scope's working copies are made when it is entered, and poisoned with NaN and dropped when it is
 //! left, so whatever still reads them afterwards spoils the loss or a gradient. Chunk sizes, activation
-//! checkpointing and the compute dtype vary.
+//! checkpointing, the compute dtype and the device vary.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -16,7 +16,7 @@ use anneal_nn::{
 };
 use anneal_optim::{AdamW, AdamWOptions, Decay, State};
 use anneal_tensor::{DType, Device, Phase, Result, Sink, Tape, Tensor, ops};
-use anneal_testkit::Golden;
+use anneal_testkit::{Golden, on_every_device, poisoned_cpu};
 
 /// How often each scope was entered and left, by its name and the phase.
 type Visits = BTreeMap<(String, &'static str), [usize; 2]>;
@@ -159,7 +159,7 @@ struct Case {
 }
 
 impl Case {
-    fn new() -> Self {
+    fn new(device: &Device) -> Self {
         let golden = Golden::matching("dit_").into_iter().next_back().expect("matching is never empty");
         let number = |key: &str| {
             golden.config()[key].as_u64().unwrap_or_else(|| panic!("{key} in the metadata")) as usize
@@ -180,7 +180,7 @@ impl Case {
         };
         let process = Process::Diffusion(Schedule::new(BetaSchedule::linear(1000), 1000).unwrap());
         let objective = Objective::new(process, Prediction::Epsilon, config.learn_sigma, None).unwrap();
-        Self { golden, config, device: Device::cpu(Some(2), None), objective }
+        Self { golden, config, device: device.clone(), objective }
     }
 
     fn tensor(&self, name: &str) -> Tensor {
@@ -224,6 +224,7 @@ impl Case {
             clip,
             ema_rates: vec![0.9],
             ema_warmup: false,
+            scale_loss: false,
         };
         let mut optimizer = AdamW::new(&*store, options).unwrap();
         let mut trained = Trained::default();
@@ -231,7 +232,7 @@ impl Case {
             trained.losses.push(self.loss(model, &store, checkpoint).to_bits());
             store.finish_gradients().unwrap();
             trained.gradients.push(gradients(&*store));
-            assert!(!optimizer.step(&*store, 1e-2).unwrap().skipped);
+            assert!(!optimizer.step(&*store, 1e-2).unwrap().wait().unwrap().skipped);
         }
         for (id, spec) in store.parameters().iter() {
             trained.weights.insert(spec.name.clone(), bits(&store.read(id).unwrap()));
@@ -300,21 +301,23 @@ fn gradients(store: &dyn ParamStore) -> Bits {
 
 #[test]
 fn freeing_weights_between_scopes_changes_no_bit() {
-    let case = Case::new();
-    for dtype in [DType::F32, DType::BF16] {
-        for checkpoint in [false, true] {
-            let (model, resident) = case.resident(1 << 14, dtype);
-            let start = bits(&resident.read(ParamId(0)).unwrap());
-            let expected = case.train(&model, Arc::new(resident), checkpoint, Some(0.5));
-            assert_ne!(expected.weights[&model_first_name(&case)], start, "training moved nothing");
-            let (model, host) = case.resident(1 << 14, dtype);
-            let freeing = Arc::new(FreeingStore::new(host));
-            let trained = case.train(&model, freeing.clone(), checkpoint, Some(0.5));
-            let name = format!("{} {dtype}, checkpointing {checkpoint}", case.golden.name());
-            trained.assert_same(&expected, &name);
-            assert!(freeing.working().scopes.is_empty(), "{name}: a scope was never left");
+    on_every_device("freeing weights between scopes changes no bit", |device| {
+        let case = Case::new(device);
+        for dtype in [DType::F32, DType::BF16] {
+            for checkpoint in [false, true] {
+                let (model, resident) = case.resident(1 << 14, dtype);
+                let start = bits(&resident.read(ParamId(0)).unwrap());
+                let expected = case.train(&model, Arc::new(resident), checkpoint, Some(0.5));
+                assert_ne!(expected.weights[&model_first_name(&case)], start, "training moved nothing");
+                let (model, host) = case.resident(1 << 14, dtype);
+                let freeing = Arc::new(FreeingStore::new(host));
+                let trained = case.train(&model, freeing.clone(), checkpoint, Some(0.5));
+                let name = format!("{} {dtype}, checkpointing {checkpoint}", case.golden.name());
+                trained.assert_same(&expected, &name);
+                assert!(freeing.working().scopes.is_empty(), "{name}: a scope was never left");
+            }
         }
-    }
+    });
 }
 
 fn model_first_name(case: &Case) -> String {
@@ -323,135 +326,148 @@ fn model_first_name(case: &Case) -> String {
 
 #[test]
 fn each_scope_is_entered_and_left_once_in_each_phase() {
-    let case = Case::new();
-    for checkpoint in [false, true] {
-        let (model, host) = case.resident(1 << 14, DType::F32);
-        let store = Arc::new(FreeingStore::new(host));
-        case.train(&model, store.clone(), checkpoint, None);
-        let mut expected = Visits::new();
-        for scope in store.parameters().scopes() {
-            let again = checkpoint && scope.starts_with("blocks.");
-            for phase in ["forward", "backward"].into_iter().chain(again.then_some("recompute")) {
-                expected.insert((scope.clone(), phase), [STEPS; 2]);
+    on_every_device("each scope is entered and left once in each phase", |device| {
+        let case = Case::new(device);
+        for checkpoint in [false, true] {
+            let (model, host) = case.resident(1 << 14, DType::F32);
+            let store = Arc::new(FreeingStore::new(host));
+            case.train(&model, store.clone(), checkpoint, None);
+            let mut expected = Visits::new();
+            for scope in store.parameters().scopes() {
+                let again = checkpoint && scope.starts_with("blocks.");
+                for phase in ["forward", "backward"].into_iter().chain(again.then_some("recompute")) {
+                    expected.insert((scope.clone(), phase), [STEPS; 2]);
+                }
             }
+            let working = store.working();
+            assert_eq!(working.visits, expected, "checkpointing {checkpoint}");
+            assert_eq!(working.most_scopes, 1, "checkpointing {checkpoint}: scopes on the device together");
         }
-        let working = store.working();
-        assert_eq!(working.visits, expected, "checkpointing {checkpoint}");
-        assert_eq!(working.most_scopes, 1, "checkpointing {checkpoint}: scopes on the device together");
-    }
+    });
 }
 
 #[test]
 fn sampling_enters_scopes_in_forward_alone() {
-    let case = Case::new();
-    let (model, host) = case.resident(1 << 14, DType::F32);
-    let (_, resident) = case.resident(1 << 14, DType::F32);
-    let store = Arc::new(FreeingStore::new(host));
-    let labels = case.golden.i64("in.y").0;
-    let timesteps: Vec<f32> = case.golden.i64("in.t").0.into_iter().map(|value| value as f32).collect();
-    let run = |store: Arc<dyn ParamStore>| {
-        let conditioning = Conditioning { labels: &labels };
-        let output =
-            model.forward(&Forward::new(store), &case.tensor("in.x"), &timesteps, &conditioning).unwrap();
-        bits(&output.to_vec::<f32>().unwrap())
-    };
-    assert_eq!(run(store.clone()), run(Arc::new(resident)));
-    let names = store.parameters().scopes().iter();
-    let expected: Visits = names.map(|scope| ((scope.clone(), "forward"), [1, 1])).collect();
-    assert_eq!(store.working().visits, expected);
+    on_every_device("sampling enters scopes in forward alone", |device| {
+        let case = Case::new(device);
+        let (model, host) = case.resident(1 << 14, DType::F32);
+        let (_, resident) = case.resident(1 << 14, DType::F32);
+        let store = Arc::new(FreeingStore::new(host));
+        let labels = case.golden.i64("in.y").0;
+        let timesteps: Vec<f32> = case.golden.i64("in.t").0.into_iter().map(|value| value as f32).collect();
+        let run = |store: Arc<dyn ParamStore>| {
+            let conditioning = Conditioning { labels: &labels };
+            let output =
+                model.forward(&Forward::new(store), &case.tensor("in.x"), &timesteps, &conditioning).unwrap();
+            bits(&output.to_vec::<f32>().unwrap())
+        };
+        assert_eq!(run(store.clone()), run(Arc::new(resident)));
+        let names = store.parameters().scopes().iter();
+        let expected: Visits = names.map(|scope| ((scope.clone(), "forward"), [1, 1])).collect();
+        assert_eq!(store.working().visits, expected);
+    });
 }
 
 #[test]
 fn chunk_layouts_of_any_size_give_the_same_bits() {
-    let case = Case::new();
-    let (model, resident) = case.resident(1 << 14, DType::F32);
-    let chunks = resident.layout().chunks().len();
-    let expected = case.train(&model, Arc::new(resident), false, None);
-    // One chunk a parameter, a size that divides nothing, and all in one.
-    for chunk_elements in [1, 5000, usize::MAX] {
-        let (model, resident) = case.resident(chunk_elements, DType::F32);
-        assert_ne!(resident.layout().chunks().len(), chunks, "another layout than before");
-        let name = format!("chunks of {chunk_elements}");
-        case.train(&model, Arc::new(resident), false, None).assert_same(&expected, &name);
-        let (model, host) = case.resident(chunk_elements, DType::F32);
-        let store = Arc::new(FreeingStore::new(host));
-        case.train(&model, store, true, None).assert_same(&expected, &format!("{name}, freeing"));
-    }
+    on_every_device("chunk layouts of any size give the same bits", |device| {
+        let case = Case::new(device);
+        let (model, resident) = case.resident(1 << 14, DType::F32);
+        let chunks = resident.layout().chunks().len();
+        let expected = case.train(&model, Arc::new(resident), false, None);
+        // One chunk a parameter, a size that divides nothing, and all in one.
+        for chunk_elements in [1, 5000, usize::MAX] {
+            let (model, resident) = case.resident(chunk_elements, DType::F32);
+            assert_ne!(resident.layout().chunks().len(), chunks, "another layout than before");
+            let name = format!("chunks of {chunk_elements}");
+            case.train(&model, Arc::new(resident), false, None).assert_same(&expected, &name);
+            let (model, host) = case.resident(chunk_elements, DType::F32);
+            let store = Arc::new(FreeingStore::new(host));
+            case.train(&model, store, true, None).assert_same(&expected, &format!("{name}, freeing"));
+        }
+    });
 }
 
 #[test]
 fn frozen_parameters_are_untracked_and_have_no_sink() {
-    let case = Case::new();
-    let (_, resident) = case.resident(1 << 14, DType::F32);
-    let (_, host) = case.resident(1 << 14, DType::F32);
-    let stores: [Arc<dyn ParamStore>; 2] = [Arc::new(resident), Arc::new(FreeingStore::new(host))];
-    for store in stores {
-        let id = store.parameters().find("pos_embed").unwrap();
-        let spec = store.parameters().spec(id).clone();
-        assert!(!spec.trainable);
-        assert!(store.chunk(store.layout().slot(id).chunk).unwrap().gradients.is_none());
-        let tape = Tape::new();
-        let forward = Forward::new(store.clone()).recording(&tape);
-        forward
-            .scope(spec.scope, |forward| {
-                assert!(!forward.param(id)?.is_tracked());
-                let message = store.sink(id).err().expect("a frozen parameter has no sink").to_string();
-                assert!(message.contains("pos_embed has no gradient"), "{message}");
-                let trained = store.parameters().find("x_embedder.proj.weight").unwrap();
-                assert!(forward.param(trained)?.is_tracked());
-                assert_eq!(store.sink(trained)?.gradient.dtype(), DType::F32);
-                Ok(())
-            })
-            .unwrap();
-    }
+    on_every_device("frozen parameters are untracked and have no sink", |device| {
+        let case = Case::new(device);
+        let (_, resident) = case.resident(1 << 14, DType::F32);
+        let (_, host) = case.resident(1 << 14, DType::F32);
+        let stores: [Arc<dyn ParamStore>; 2] = [Arc::new(resident), Arc::new(FreeingStore::new(host))];
+        for store in stores {
+            let id = store.parameters().find("pos_embed").unwrap();
+            let spec = store.parameters().spec(id).clone();
+            assert!(!spec.trainable);
+            assert!(store.chunk(store.layout().slot(id).chunk).unwrap().gradients.is_none());
+            let tape = Tape::new();
+            let forward = Forward::new(store.clone()).recording(&tape);
+            forward
+                .scope(spec.scope, |forward| {
+                    assert!(!forward.param(id)?.is_tracked());
+                    let message = store.sink(id).err().expect("a frozen parameter has no sink").to_string();
+                    assert!(message.contains("pos_embed has no gradient"), "{message}");
+                    let trained = store.parameters().find("x_embedder.proj.weight").unwrap();
+                    assert!(forward.param(trained)?.is_tracked());
+                    assert_eq!(store.sink(trained)?.gradient.dtype(), DType::F32);
+                    Ok(())
+                })
+                .unwrap();
+        }
+    });
 }
 
 #[test]
 fn a_kept_value_is_poisoned_when_its_scope_is_left() {
-    let case = Case::new();
-    let (_, host) = case.resident(1 << 14, DType::F32);
-    let store: Arc<dyn ParamStore> = Arc::new(FreeingStore::new(host));
-    let id = store.parameters().find("final_layer.linear.weight").unwrap();
-    let scope = store.parameters().spec(id).scope;
-    let forward = Forward::new(store.clone());
-    let inside = |forward: &Forward| {
-        let value = forward.param(id)?;
-        Ok((value.to_vec::<f32>()?, value))
-    };
-    let (values, kept) = forward.scope(scope, inside).unwrap();
-    assert!(values.iter().all(|value| value.is_finite()));
-    assert!(kept.to_vec::<f32>().unwrap().iter().all(|value| value.is_nan()));
-    let (again, _) = forward.scope(scope, inside).unwrap();
-    assert_eq!(bits(&again), bits(&values), "what is fetched again");
+    on_every_device("a kept value is poisoned when its scope is left", |device| {
+        let case = Case::new(device);
+        let (_, host) = case.resident(1 << 14, DType::F32);
+        let store: Arc<dyn ParamStore> = Arc::new(FreeingStore::new(host));
+        let id = store.parameters().find("final_layer.linear.weight").unwrap();
+        let scope = store.parameters().spec(id).scope;
+        let forward = Forward::new(store.clone());
+        let inside = |forward: &Forward| {
+            let value = forward.param(id)?;
+            Ok((value.to_vec::<f32>()?, value))
+        };
+        let (values, kept) = forward.scope(scope, inside).unwrap();
+        assert!(values.iter().all(|value| value.is_finite()));
+        assert!(kept.to_vec::<f32>().unwrap().iter().all(|value| value.is_nan()));
+        let (again, _) = forward.scope(scope, inside).unwrap();
+        assert_eq!(bits(&again), bits(&values), "what is fetched again");
+    });
 }
 
 #[test]
 fn the_resident_store_refuses_a_use_outside_the_scope() {
-    let case = Case::new();
-    let (_, resident) = case.resident(1 << 14, DType::F32);
-    let store: Arc<dyn ParamStore> = Arc::new(resident);
-    let id = store.parameters().find("blocks.0.attn.qkv.weight").unwrap();
-    let scope = store.parameters().spec(id).scope;
-    let forward = Forward::new(store.clone());
-    for result in [forward.param(id).map(drop), store.sink(id).map(drop)] {
-        let message = result.unwrap_err().to_string();
-        assert!(
-            message.contains("blocks.0.attn.qkv.weight was used outside its scope blocks.0"),
-            "{message}"
-        );
-    }
-    let other = store.parameters().spec(store.parameters().find("final_layer.linear.bias").unwrap()).scope;
-    forward.scope(other, |forward| forward.param(id)).expect_err("another scope is not its own");
-    forward.scope(scope, |forward| forward.param(id)).unwrap();
-    forward.param(id).expect_err("the scope was left");
-    let message = store.exit(scope, Phase::Forward).unwrap_err().to_string();
-    assert!(message.contains("blocks.0 was left before it was entered"), "{message}");
+    on_every_device("the resident store refuses a use outside the scope", |device| {
+        let case = Case::new(device);
+        let (_, resident) = case.resident(1 << 14, DType::F32);
+        let store: Arc<dyn ParamStore> = Arc::new(resident);
+        let id = store.parameters().find("blocks.0.attn.qkv.weight").unwrap();
+        let scope = store.parameters().spec(id).scope;
+        let forward = Forward::new(store.clone());
+        for result in [forward.param(id).map(drop), store.sink(id).map(drop)] {
+            let message = result.unwrap_err().to_string();
+            assert!(
+                message.contains("blocks.0.attn.qkv.weight was used outside its scope blocks.0"),
+                "{message}"
+            );
+        }
+        let other =
+            store.parameters().spec(store.parameters().find("final_layer.linear.bias").unwrap()).scope;
+        forward.scope(other, |forward| forward.param(id)).expect_err("another scope is not its own");
+        forward.scope(scope, |forward| forward.param(id)).unwrap();
+        forward.param(id).expect_err("the scope was left");
+        let message = store.exit(scope, Phase::Forward).unwrap_err().to_string();
+        assert!(message.contains("blocks.0 was left before it was entered"), "{message}");
+    });
 }
 
 #[test]
 #[should_panic(expected = "blocks.0.attn.qkv.weight was used outside its scope")]
 fn the_freeing_store_panics_on_a_use_outside_the_scope() {
-    let case = Case::new();
+    let case = Case::new(&poisoned_cpu(1));
     let (_, host) = case.resident(1 << 14, DType::F32);
     let store: Arc<dyn ParamStore> = Arc::new(FreeingStore::new(host));
     let id = store.parameters().find("blocks.0.attn.qkv.weight").unwrap();

@@ -17,23 +17,24 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A file operation that failed, with what the user can do about it.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {action} {path}: {reason}{advice}", path = path.display(), reason = reason(source), advice = advice(source))]
+#[error("cannot {action} {path}: {reason}{advice}", path = path.display(), reason = reason(cause), advice = advice(cause))]
 pub struct FileError {
     /// The verb of the sentence: `read`, `write`, `create`.
     pub action: &'static str,
     pub path: PathBuf,
-    pub source: io::Error,
+    /// Not called `source`: the message says it already, and whoever prints an error's sources would repeat it.
+    pub cause: io::Error,
 }
 
 impl FileError {
     /// For `map_err`: turns an [`io::Error`] into one that names the path.
     pub fn on<'a>(action: &'static str, path: &'a Path) -> impl Fn(io::Error) -> FileError + 'a {
-        move |source| FileError { action, path: path.to_path_buf(), source }
+        move |cause| FileError { action, path: path.to_path_buf(), cause }
     }
 }
 
-fn reason(source: &io::Error) -> String {
-    match source.kind() {
+fn reason(cause: &io::Error) -> String {
+    match cause.kind() {
         io::ErrorKind::StorageFull => "the disk is full".into(),
         io::ErrorKind::QuotaExceeded => "the disk quota is used up".into(),
         io::ErrorKind::PermissionDenied => "permission denied".into(),
@@ -41,12 +42,12 @@ fn reason(source: &io::Error) -> String {
         io::ErrorKind::NotFound => "no such file or folder".into(),
         io::ErrorKind::NotADirectory => "a part of the path is a file, not a folder".into(),
         io::ErrorKind::DirectoryNotEmpty => "the folder exists and is not empty".into(),
-        _ => source.to_string(),
+        _ => cause.to_string(),
     }
 }
 
-fn advice(source: &io::Error) -> &'static str {
-    match source.kind() {
+fn advice(cause: &io::Error) -> &'static str {
+    match cause.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             "; free some space or choose another folder, then run the same command again"
         }
@@ -76,28 +77,36 @@ pub fn write_atomic_unsynced(path: &Path, bytes: &[u8]) -> Result<(), FileError>
 }
 
 fn replace(path: &Path, bytes: &[u8], sync: bool) -> Result<(), FileError> {
+    replace_by(path, sync, |temporary| {
+        let write = || {
+            let mut file = File::create(temporary)?;
+            file.write_all(bytes)?;
+            if sync { file.sync_all() } else { Ok(()) }
+        };
+        write().map_err(FileError::on("write", path))
+    })
+}
+
+/// Replaces `path` by the file that `write` makes under the name it is given, and brings to the disk itself
+/// if that matters. `sync` waits until the new name is on the disk too, since a rename lives in the folder.
+pub(crate) fn replace_by<T, E: From<FileError>>(
+    path: &Path,
+    sync: bool,
+    write: impl FnOnce(&Path) -> Result<T, E>,
+) -> Result<T, E> {
     let temporary = temporary_name(path).map_err(FileError::on("write", path))?;
-    let written = write_and_rename(&temporary, path, bytes, sync);
-    if written.is_err() {
+    let replaced = write(&temporary).and_then(|written| {
+        fs::rename(&temporary, path).map_err(FileError::on("write", path))?;
+        if sync {
+            sync_folder(parent(path))?;
+        }
+        Ok(written)
+    });
+    if replaced.is_err() {
         // The first error is the one to report; the file may not even exist.
         let _ = fs::remove_file(&temporary);
     }
-    written.map_err(FileError::on("write", path))
-}
-
-fn write_and_rename(temporary: &Path, path: &Path, bytes: &[u8], sync: bool) -> io::Result<()> {
-    let mut file = File::create(temporary)?;
-    file.write_all(bytes)?;
-    if sync {
-        file.sync_all()?;
-    }
-    drop(file);
-    fs::rename(temporary, path)?;
-    if sync {
-        // The rename itself lives in the folder.
-        File::open(parent(path))?.sync_all()?;
-    }
-    Ok(())
+    replaced
 }
 
 /// Waits until the names in a folder are on the disk.
@@ -254,6 +263,12 @@ mod tests {
         write_atomic(&path, b"third").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"third");
         assert_eq!(names(folder.path()), ["loss.png"]);
+    }
+
+    #[test]
+    fn an_error_says_its_cause_once() {
+        let error = FileError::on("write", Path::new("run/loss.png"))(io::ErrorKind::PermissionDenied.into());
+        assert!(std::error::Error::source(&error).is_none(), "printed again by whoever follows sources");
     }
 
     #[test]

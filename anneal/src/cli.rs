@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anneal_recipe::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Trains, samples and inspects diffusion transformers.
@@ -37,14 +38,18 @@ pub enum Command {
 #[command(after_help = "Examples:
   anneal quickstart
   anneal quickstart --output runs/mine --device cpu:4
+  anneal quickstart --device cuda            (on the first NVIDIA GPU)
   anneal quickstart train.steps=200          (a shorter run, to look around)")]
 pub struct Quickstart {
     /// Run folder to write
     #[arg(long, default_value = "runs/quickstart")]
     pub output: PathBuf,
-    /// Where to compute: cpu, or cpu:THREADS
+    /// Where to compute: cpu, cpu:THREADS, cuda (the first GPU) or cuda:INDEX
     #[arg(long, default_value = "cpu")]
     pub device: String,
+    /// Most memory of the device to use, such as 8GiB
+    #[arg(long, value_name = "SIZE")]
+    pub memory_limit: Option<ByteSize>,
     /// Changes to the recipe, as dotted keys
     #[arg(value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
@@ -67,6 +72,9 @@ pub struct Train {
     /// Changes to the recipe, as dotted keys
     #[arg(value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
+    /// Most memory of the device to use, such as 8GiB
+    #[arg(long, value_name = "SIZE")]
+    pub memory_limit: Option<ByteSize>,
     /// Print the plan (model, memory, steps) and stop before training
     #[arg(long)]
     pub plan: bool,
@@ -156,9 +164,12 @@ pub struct Sample {
     /// Attention heads, for weights that are no preset and do not say
     #[arg(long)]
     pub heads: Option<usize>,
-    /// Where to compute: cpu, or cpu:THREADS
+    /// Where to compute: cpu, cpu:THREADS, cuda (the first GPU) or cuda:INDEX
     #[arg(long, default_value = "cpu")]
     pub device: String,
+    /// Most memory of the device to use, such as 8GiB
+    #[arg(long, value_name = "SIZE")]
+    pub memory_limit: Option<ByteSize>,
     /// fp32 or bf16
     #[arg(long, default_value = "fp32")]
     pub precision: Precision,
@@ -240,13 +251,17 @@ pub struct Doctor {
     pub json: bool,
 }
 
-/// Measure speed and memory: single ops, a block, a training step, a sampling step, data loading.
+/// Measure speed and memory: single ops, a block, a training step, a model evaluation, sampling, data loading.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   anneal bench step --model DiT-S/2 --batch 8
   anneal bench step --hidden 128 --depth 6 --heads 4 --patch 2 --image-size 8 --channels 1 --classes 10 --batch 128
+  anneal bench step --model DiT-XL/2 --batch 128 --precision bf16 --device cuda
+  anneal bench step --model DiT-XL/2 --batch 128 --precision bf16 --device cuda --profile
   anneal bench op --model DiT-S/2 --batch 8
-  anneal bench sample --model DiT-S/2 --batch 2 --json
+  anneal bench op --attention 64,16,256,72 --precision bf16 --device cuda
+  anneal bench forward --model DiT-S/2 --batch 2 --json
+  anneal bench sample --model DiT-S/2 --batch 4 --sampling-steps 50 --guidance 4
   anneal bench data recipes/image_folder.yaml data.path=photos")]
 pub struct Bench {
     #[command(subcommand)]
@@ -255,14 +270,16 @@ pub struct Bench {
 
 #[derive(Debug, Subcommand)]
 pub enum BenchWhat {
-    /// Each op of a block, forward and backward
-    Op(BenchModel),
+    /// Each op of a training step alone, forward and backward
+    Op(BenchOp),
     /// One transformer block, forward and backward
     Block(BenchModel),
     /// Whole training steps: forward, backward, AdamW and EMA
     Step(BenchModel),
-    /// Model evaluations as in sampling
-    Sample(BenchModel),
+    /// Single model evaluations, as sampling makes them
+    Forward(BenchModel),
+    /// Whole sampling runs with guidance
+    Sample(BenchSample),
     /// The data pipeline of a recipe, alone and against training on ready tensors
     Data(BenchData),
 }
@@ -295,21 +312,67 @@ pub struct BenchModel {
     pub checkpoint_activations: bool,
     #[arg(long, default_value_t = 8)]
     pub batch: usize,
-    /// fp32 or bf16
+    /// What the model computes in
     #[arg(long, default_value = "fp32")]
-    pub precision: Precision,
-    /// Where to compute: cpu, or cpu:THREADS
+    pub precision: ComputePrecision,
+    /// Where to compute: cpu, cpu:THREADS, cuda (the first GPU) or cuda:INDEX
     #[arg(long, default_value = "cpu")]
     pub device: String,
+    /// Most memory of the device to use, such as 8GiB
+    #[arg(long, value_name = "SIZE")]
+    pub memory_limit: Option<ByteSize>,
+    /// On a GPU, choose only kernels whose results have the same bits in every run
+    #[arg(long)]
+    pub deterministic: bool,
+    /// On a GPU, send every kernel by itself instead of replaying a captured step
+    #[arg(long)]
+    pub eager: bool,
+    /// On a GPU, show where the time goes, kernel by kernel, in place of the median (implies --eager)
+    #[arg(long)]
+    pub profile: bool,
     /// Measured repetitions
     #[arg(long, default_value_t = 10)]
     pub steps: usize,
-    /// Repetitions before measuring
+    /// Repetitions before measuring; on a GPU at least 3, since steps are captured on the way
     #[arg(long, default_value_t = 2)]
     pub warmup: usize,
     /// Machine-readable output
     #[arg(long)]
     pub json: bool,
+}
+
+/// Which ops to measure.
+#[derive(Debug, Args)]
+pub struct BenchOp {
+    #[command(flatten)]
+    pub model: BenchModel,
+    /// Attention alone, at this shape in place of the model's; may be given several times
+    #[arg(long, value_name = "BATCH,HEADS,TOKENS,WIDTH", value_parser = attention_shape)]
+    pub attention: Vec<[usize; 4]>,
+}
+
+fn attention_shape(text: &str) -> Result<[usize; 4], String> {
+    let numbers: Option<Vec<usize>> = text.split(',').map(|part| part.trim().parse().ok()).collect();
+    numbers
+        .and_then(|numbers| numbers.try_into().ok())
+        .filter(|shape: &[usize; 4]| shape.iter().all(|size| *size > 0))
+        .ok_or_else(|| "four numbers are wanted, such as 64,16,256,72".into())
+}
+
+/// Which sampling run to measure.
+#[derive(Debug, Args)]
+pub struct BenchSample {
+    #[command(flatten)]
+    pub model: BenchModel,
+    /// Denoising steps of a run
+    #[arg(long, default_value_t = 250)]
+    pub sampling_steps: usize,
+    /// Guidance strength; 1 is none
+    #[arg(long, default_value_t = 4.0)]
+    pub guidance: f64,
+    /// As for `anneal sample`
+    #[arg(long, default_value = "ddim")]
+    pub sampler: String,
 }
 
 /// Which data pipeline to measure.
@@ -341,6 +404,16 @@ pub struct Completions {
 pub enum Precision {
     Fp32,
     Bf16,
+}
+
+/// The words of a recipe's `train.precision`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ComputePrecision {
+    Fp32,
+    /// fp32 with matrix products in tf32, on GPUs
+    Tf32,
+    Bf16,
+    Fp16,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -7,6 +7,7 @@ mod cli;
 mod commands;
 mod output;
 mod sampling;
+mod scheduler;
 mod source;
 
 use std::process::ExitCode;

@@ -3,7 +3,9 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use anneal_diffusion::{Guidance, GuidanceShape, Method, Objective, SamplerOptions, StepVariance, Steps};
+use anneal_diffusion::{
+    Guidance, GuidanceShape, Method, Objective, SamplerOptions, Spacing, StepVariance, Steps,
+};
 use anneal_infer::{Pipeline, Request, Samples};
 use anneal_models::Denoiser;
 use anneal_nn::ParamStore;
@@ -21,8 +23,10 @@ pub struct SamplingSettings {
     pub shift: f64,
     pub guidance: f64,
     pub guidance_mode: GuidanceMode,
-    /// Whether estimates of the clean image are kept within -1..1: for pixels, not for latents.
-    pub clip: bool,
+    /// Keeps estimates of the clean image within plus or minus this: for pixels, not for latents.
+    pub clip: Option<f64>,
+    /// How DDIM spreads its steps, if not in its usual way.
+    pub spacing: Option<Spacing>,
 }
 
 impl SamplingSettings {
@@ -35,7 +39,8 @@ impl SamplingSettings {
             shift: sample.shift,
             guidance: sample.guidance,
             guidance_mode: sample.guidance_mode,
-            clip: false,
+            clip: None,
+            spacing: None,
         }
     }
 
@@ -63,9 +68,12 @@ impl SamplingSettings {
         };
         let options = SamplerOptions {
             method,
-            steps: Steps::Count(self.steps),
+            steps: match self.spacing.filter(|_| self.sampler == Sampler::Ddim) {
+                Some(spacing) => Steps::Spaced(self.steps, spacing),
+                None => Steps::Count(self.steps),
+            },
             prediction: objective.prediction(),
-            clip: self.clip.then_some(1.0),
+            clip: self.clip,
         };
         Ok((options, Guidance::new(self.guidance, shape, channels)?))
     }

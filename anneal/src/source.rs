@@ -15,14 +15,13 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::cli::Precision;
+use crate::scheduler;
 
 /// Metadata key of weights files written here: the model's configuration as JSON.
 pub const CONFIG_KEY: &str = "anneal.model";
 /// The same for what the model was trained to predict, as a scheduler's configuration: without it a file would be
 /// sampled as the published weights are.
 pub const SCHEDULER_KEY: &str = "anneal.scheduler";
-
-const FLOW_SCHEDULER: &str = "FlowMatchEulerDiscreteScheduler";
 
 /// What a path names.
 pub enum Kind {
@@ -142,7 +141,7 @@ fn open_weights(path: &Path, opening: &Opening) -> Result<Source> {
             None => None,
         };
     let objective = match &scheduler {
-        Some(scheduler) => scheduler_objective(scheduler, &config)?,
+        Some(scheduler) => scheduler::objective(scheduler, &config)?,
         None => published_objective(&config)?,
     };
     let description = path.display().to_string();
@@ -167,7 +166,7 @@ fn open_diffusers(path: &Path, opening: &Opening) -> Result<Source> {
     let keys = |parameters: &Parameters| diffusers_keys(&config, parameters);
     let (model, store, warnings) = load(&config, opening, &files, keys)?;
     let scheduler = folder.component_config("scheduler")?;
-    let objective = scheduler_objective(&scheduler, &config)?;
+    let objective = scheduler::objective(&scheduler, &config)?;
     let description = path.display().to_string();
     Ok(Source { model, store, objective, recipe: None, scheduler: Some(scheduler), description, warnings })
 }
@@ -198,74 +197,4 @@ fn load(
 fn published_objective(config: &DitConfig) -> Result<Objective> {
     let schedule = Schedule::new(BetaSchedule::linear(1000), 1000)?;
     Ok(Objective::new(Process::Diffusion(schedule), Prediction::Epsilon, config.learn_sigma, None)?)
-}
-
-/// The objective that a diffusers scheduler configuration stands for.
-fn scheduler_objective(scheduler: &Value, config: &DitConfig) -> Result<Objective> {
-    let text = |key: &str, default: &str| scheduler[key].as_str().unwrap_or(default).to_owned();
-    let steps = scheduler["num_train_timesteps"].as_u64().unwrap_or(1000) as usize;
-    if text("_class_name", "") == FLOW_SCHEDULER {
-        return Ok(Objective::new(Process::Flow, Prediction::Flow, false, None)?);
-    }
-    if !scheduler["trained_betas"].is_null() {
-        bail!("the scheduler's trained_betas are not known here: give it a beta_schedule");
-    }
-    let end = |key: &str, default: f64| scheduler[key].as_f64().unwrap_or(default);
-    let betas = match text("beta_schedule", "linear").as_str() {
-        "linear" => BetaSchedule::Linear { start: end("beta_start", 1e-4), end: end("beta_end", 0.02) },
-        "squaredcos_cap_v2" => BetaSchedule::SquaredCosine,
-        other => bail!(
-            "the scheduler's beta_schedule '{other}' is not known here: linear and squaredcos_cap_v2 are"
-        ),
-    };
-    let prediction = match text("prediction_type", "epsilon").as_str() {
-        "epsilon" => Prediction::Epsilon,
-        "v_prediction" => Prediction::V,
-        "sample" => Prediction::Clean,
-        other => bail!("the scheduler's prediction_type '{other}' is not known here"),
-    };
-    let schedule = Schedule::new(betas, steps)?;
-    Ok(Objective::new(Process::Diffusion(schedule), prediction, config.learn_sigma, None)?)
-}
-
-/// The scheduler configuration that stands for an objective, in diffusers' words. `DiTPipeline` can sample
-/// the gaussian ones of them.
-pub fn scheduler_config(objective: &Objective) -> Result<Value> {
-    let Process::Diffusion(schedule) = objective.process() else {
-        return Ok(serde_json::json!({
-            "_class_name": FLOW_SCHEDULER,
-            "_diffusers_version": "0.30.0",
-            "num_train_timesteps": 1000,
-            "shift": 1.0,
-        }));
-    };
-    let steps = schedule.training_steps;
-    let linear = BetaSchedule::linear(steps);
-    let is = |kind: BetaSchedule| schedule.betas == kind.betas(steps);
-    let name = match () {
-        () if is(linear) => "linear",
-        () if is(BetaSchedule::SquaredCosine) => "squaredcos_cap_v2",
-        () => bail!("this noise schedule has no name in diffusers' DDIMScheduler"),
-    };
-    let BetaSchedule::Linear { start, end } = linear else { unreachable!("the linear schedule is linear") };
-    let prediction = match objective.prediction() {
-        Prediction::Epsilon => "epsilon",
-        Prediction::V => "v_prediction",
-        Prediction::Clean => "sample",
-        Prediction::Flow => bail!("a velocity prediction has no name in diffusers' DDIMScheduler"),
-    };
-    Ok(serde_json::json!({
-        "_class_name": "DDIMScheduler",
-        "_diffusers_version": "0.30.0",
-        "beta_end": end,
-        "beta_schedule": name,
-        "beta_start": start,
-        "clip_sample": false,
-        "num_train_timesteps": steps,
-        "prediction_type": prediction,
-        "set_alpha_to_one": true,
-        "steps_offset": 0,
-        "timestep_spacing": "leading",
-        "trained_betas": null,
-    }))
 }

@@ -2,8 +2,11 @@
 """The PyTorch peer of `anneal bench step`: one DiT, its full training step, timed.
 
 What: forward, loss, backward, AdamW (fused) and EMA (foreach) of `dit_model.DiT` on random data of a fixed seed; also forward
-alone and sampling. `--check GOLDEN` proves that the model is the published one; `--train-digits` trains on real digits.
-Contract: prints one line, and one JSON object with `--json`, with median step time, images a second and peak memory.
+alone, whole sampling runs, and attention alone. `--check GOLDEN` proves that the model is the published one;
+`--train-digits` trains on real digits.
+Contract: prints one line, and one JSON object with `--json`, with median step time, images a second, peak memory and, from the
+start of the process, the time to the first finished step. On CUDA, bf16 is autocast over fp32 weights in training and weights
+kept in bf16 in sampling, what stays in fp32 multiplies in TF32, and times come from events in the stream.
 Not done: several devices, data loading in the timed step, gradient accumulation.
 """
 
@@ -29,7 +32,7 @@ def parse_arguments():
     size.add_argument("--learn-sigma", action=argparse.BooleanOptionalAction, default=True)
     size.add_argument("--loss", choices=["vlb", "mse"], help="vlb where sigma is learned, else mse, when left out")
     run = p.add_argument_group("run")
-    run.add_argument("--mode", choices=["step", "forward", "sample"], default="step")
+    run.add_argument("--mode", choices=["step", "forward", "sample", "attention"], default="step")
     run.add_argument("--batch", type=int, default=8)
     run.add_argument("--steps", type=int, default=12, help="timed steps (sampled batches in mode sample)")
     run.add_argument("--warmup", type=int, default=3)
@@ -38,7 +41,11 @@ def parse_arguments():
     run.add_argument("--threads", type=int, default=2)
     run.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     run.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 runs under autocast, weights stay fp32")
-    run.add_argument("--tf32", action="store_true", help="let fp32 matrix products use TF32 on CUDA")
+    run.add_argument("--tf32", action="store_true", help="let fp32 matrix products use TF32 on CUDA; with bf16 they do anyway")
+    run.add_argument("--attention", type=lambda text: tuple(map(int, text.split(","))), nargs="+", default=[(64, 16, 256, 72)],
+                     metavar="BATCH,HEADS,TOKENS,WIDTH", help="shapes of mode attention")
+    run.add_argument("--sdpa", choices=["default", "cudnn", "flash", "efficient", "math"], default="default",
+                     help="which of PyTorch's attention kernels; by default PyTorch chooses")
     run.add_argument("--compile", action="store_true", help="torch.compile of model and loss")
     run.add_argument("--cuda-graph", action="store_true", help="torch.compile with mode=reduce-overhead")
     run.add_argument("--arena", action="store_true", help="glibc keeps freed memory (a tuned user's malloc settings), CPU only")
@@ -118,9 +125,12 @@ class Trainer:
                       else diffusion_losses(model, schedule, x, t, y, noise, objective))
             return losses["loss"].mean()
 
-        self.loss_of = torch.compile(loss_of, mode=compile_mode) if compile_mode else loss_of
+        self.loss_of = compiled(torch, loss_of, compile_mode)
+        self.graphed = compile_mode == "reduce-overhead"
 
     def step(self, x, t, y, noise):
+        if self.graphed:
+            self.torch.compiler.cudagraph_mark_step_begin()
         with self.autocast():
             loss = self.loss_of(x, t, y, noise)
         loss.backward()
@@ -142,14 +152,18 @@ def build(arguments):
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    if arguments.tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    if arguments.tf32 or (arguments.device == "cuda" and arguments.dtype == "bf16"):
+        torch.set_float32_matmul_precision("high")
     model = DiT(**model_sizes(arguments)).to(arguments.device)
     schedule = Schedule(beta_schedule(arguments.betas, 1000), arguments.device)
     autocast = None
     if arguments.dtype == "bf16":
         autocast = lambda: torch.autocast(arguments.device, torch.bfloat16)  # noqa: E731
     return torch, model, schedule, autocast
+
+
+def compiled(torch, function, mode):
+    return torch.compile(function, mode=mode, dynamic=False) if mode else function
 
 
 def compile_mode_of(arguments):
@@ -177,40 +191,58 @@ def step_work(arguments, torch, model, schedule, autocast):
 
 
 def inference_work(arguments, torch, model, schedule, autocast):
+    """-> a callable that runs one forward, or draws one batch in `count` steps of DDIM (all of them when left out)."""
     import contextlib
 
     from diffusion import guided, sample
 
     model.eval().requires_grad_(False)
-    mode = compile_mode_of(arguments)
-    network = torch.compile(model, mode=mode) if mode else model
+    if autocast and arguments.device == "cuda":
+        model.bfloat16()
+    network = compiled(torch, model, compile_mode_of(arguments))
     shape = (arguments.batch, arguments.channels, arguments.image_size, arguments.image_size)
     x = torch.randn(shape, device=arguments.device)
     y = torch.randint(arguments.classes, (arguments.batch,), device=arguments.device)
     t = torch.randint(1000, (arguments.batch,), device=arguments.device)
-    respaced = schedule.respaced(arguments.sampling_steps, arguments.device)
     steered = guided(network, arguments.classes, arguments.guidance)
 
-    def work():
+    def work(count=None):
         with torch.no_grad(), (autocast or contextlib.nullcontext)():
-            return network(x, t, y) if arguments.mode == "forward" else sample(steered, respaced, x, y)
+            if arguments.mode == "forward":
+                return network(x, t, y)
+            return sample(steered, schedule.respaced(count or arguments.sampling_steps, arguments.device), x, y)
 
+    # A few denoising steps compile all that a run needs.
+    work.warm_up = lambda: work(3)
     return work
 
 
+def seconds_since_start() -> float:
+    """Since the process was started, as the kernel counts."""
+    with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+        started = int(stat.read().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return float(uptime.read().split()[0]) - started
+
+
 def time_on_cpu(work, warmup, steps):
-    milliseconds, out = [], None
+    """-> milliseconds of each step, the last step's result, seconds to the end of the first step."""
+    milliseconds, out, first = [], None, None
     for _ in range(warmup + steps):
         start = time.perf_counter()
         out = work()
         milliseconds.append((time.perf_counter() - start) * 1e3)
-    return milliseconds[warmup:], out
+        first = first or seconds_since_start()
+    return milliseconds[warmup:], out, first
 
 
 def time_on_cuda(torch, work, warmup, steps):
     """Events around each step and one wait at the end, so that the host runs ahead as it does in training."""
+    first, out = None, None
     for _ in range(warmup):
-        out = work()
+        out = getattr(work, "warm_up", work)()
+        if first is None:
+            torch.cuda.synchronize()
+            first = seconds_since_start()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
@@ -219,7 +251,69 @@ def time_on_cuda(torch, work, warmup, steps):
         out = work()
         mark.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])], out
+    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])], out, first or seconds_since_start()
+
+
+def time_captured(torch, work, warmup, steps, repeats=10):
+    """Median milliseconds of one `work`, out of a CUDA graph of several, so that no host time is in it."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(max(warmup, 2)):
+            work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            work()
+    times, _, _ = time_on_cuda(torch, graph.replay, 2, steps)
+    return statistics.median(times) / repeats
+
+
+def attention_backend(arguments):
+    """-> a context in which PyTorch uses the asked kernel alone."""
+    import contextlib
+
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    names = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
+    if arguments.sdpa == "default":
+        return contextlib.nullcontext()
+    return sdpa_kernel([getattr(SDPBackend, names[arguments.sdpa])])
+
+
+def bench_attention(arguments):
+    """Attention alone on CUDA: q, k and v lie packed as a model's product leaves them; the gradients are of each alone."""
+    import torch
+    import torch.nn.functional as F
+
+    torch.manual_seed(arguments.seed)
+    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    rows = []
+    for batch, heads, tokens, width in arguments.attention:
+        packed = torch.randn(batch, tokens, 3, heads, width, device="cuda", dtype=dtype).permute(2, 0, 3, 1, 4)
+        q, k, v = (part.detach().requires_grad_() for part in packed.unbind(0))
+        upstream = torch.randn(batch, tokens, heads, width, device="cuda", dtype=dtype).transpose(1, 2)
+
+        def forward():
+            with torch.no_grad():
+                return F.scaled_dot_product_attention(q, k, v)
+
+        def both():
+            return torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), upstream)
+
+        with attention_backend(arguments):
+            forward_ms = time_captured(torch, forward, arguments.warmup, arguments.steps)
+            both_ms = time_captured(torch, both, arguments.warmup, arguments.steps)
+        products = batch * heads * tokens * tokens * width
+        backward_ms = both_ms - forward_ms
+        rows.append({"shape": [batch, heads, tokens, width], "forward_ms": forward_ms, "backward_ms": backward_ms, "both_ms": both_ms,
+                     "forward_tflop_per_second": 4 * products / forward_ms / 1e9,
+                     "backward_tflop_per_second": 10 * products / backward_ms / 1e9})
+        if not arguments.json:
+            print(f"attention {arguments.sdpa} {batch},{heads},{tokens},{width}: forward {forward_ms:.4f} ms, backward {backward_ms:.4f} ms")
+    if arguments.json:
+        print(json.dumps({"engine": "torch", "version": torch.__version__, "mode": "attention", "sdpa": arguments.sdpa,
+                          "dtype": arguments.dtype, "device_name": torch.cuda.get_device_name(), "attention": rows}))
 
 
 def bench(arguments):
@@ -234,19 +328,22 @@ def bench(arguments):
     parameters = sum(p.numel() for p in model.parameters())
     make = step_work if arguments.mode == "step" else inference_work
     work = make(arguments, torch, model, schedule, autocast)
-    if arguments.device == "cuda":
-        times, out = time_on_cuda(torch, work, arguments.warmup, arguments.steps)
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        times, out = time_on_cpu(work, arguments.warmup, arguments.steps)
-        peak = status_mib("VmHWM")
+    with attention_backend(arguments):
+        if arguments.device == "cuda":
+            times, out, first = time_on_cuda(torch, work, arguments.warmup, arguments.steps)
+            peak, reserved = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20
+        else:
+            times, out, first = time_on_cpu(work, arguments.warmup, arguments.steps)
+            peak, reserved = status_mib("VmHWM"), None
     median = statistics.median(times)
     report = {
         "engine": "torch", "version": torch.__version__, "mode": arguments.mode, "model": arguments.model, **model_sizes(arguments),
         "batch": arguments.batch, "dtype": arguments.dtype, "device": arguments.device, "threads": arguments.threads,
         "compile": compile_mode_of(arguments), "arena": arguments.arena, "parameters": parameters,
         "median_ms": median, "min_ms": min(times), "step_ms": times, "images_per_second": 1e3 * arguments.batch / median,
-        "peak_memory_mib": peak, "rss_at_start_mib": before_import, "rss_before_model_mib": before_model,
+        "sdpa": arguments.sdpa, "device_name": torch.cuda.get_device_name() if arguments.device == "cuda" else None,
+        "sampling_steps": arguments.sampling_steps if arguments.mode == "sample" else None,
+        "peak_memory_mib": peak, "reserved_memory_mib": reserved, "first_step_seconds": first, "rss_at_start_mib": before_import, "rss_before_model_mib": before_model,
         "value": float(out.float().mean()),
     }
     if arguments.json:
@@ -268,6 +365,8 @@ def main():
         from digits import train_and_sample
 
         train_and_sample(arguments, *build(arguments)[:3])
+    elif arguments.mode == "attention":
+        bench_attention(arguments)
     else:
         bench(arguments)
 

@@ -14,7 +14,8 @@ pub const ARCHITECTURES: [&str; 4] = ["sm_80", "sm_86", "sm_89", "sm_90a"];
 /// # Errors
 /// If NVRTC is missing, or with the compiler's words on all kernels that do not compile.
 pub fn compile_all(architectures: &[String]) -> anyhow::Result<usize> {
-    let variants: Vec<Variant> = anneal_tensor::kernels::catalogue();
+    let variants: Vec<Variant> =
+        [anneal_tensor::kernels::catalogue(), anneal_optim::kernel_variants()].concat();
     let jobs: Vec<(&Variant, &String)> =
         variants.iter().flat_map(|variant| architectures.iter().map(move |name| (variant, name))).collect();
     let (next, failures) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
@@ -43,12 +44,12 @@ pub fn compile_all(architectures: &[String]) -> anyhow::Result<usize> {
 #[cfg(test)]
 mod tests {
     use anneal_device::cuda::compiler_version;
+    use anneal_testkit::skip_without;
 
     #[test]
     fn every_kernel_compiles_where_nvrtc_is_installed() {
         if compiler_version().is_none() {
-            println!("skipped: NVRTC is not installed, so no kernel was compiled");
-            return;
+            return skip_without("NVRTC", "compiling every kernel");
         }
         let architectures = super::ARCHITECTURES.map(String::from);
         assert!(super::compile_all(&architectures).unwrap_or_else(|error| panic!("{error}")) > 0);

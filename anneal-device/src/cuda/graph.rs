@@ -273,6 +273,15 @@ impl CudaDevice {
         Ok(value)
     }
 
+    /// Runs a captured step again with the inputs that it last had; for measuring.
+    ///
+    /// # Errors
+    /// If the driver cannot start it.
+    pub fn repeat(&self, graph: &Graph) -> Result<(), DeviceError> {
+        self.bind()?;
+        self.start_graph(graph)
+    }
+
     fn start_graph(&self, graph: &Graph) -> Result<(), DeviceError> {
         self.count_launch();
         // SAFETY: the graph was made for this stream's context, and its memory is reserved.

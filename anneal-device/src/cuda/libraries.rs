@@ -9,6 +9,7 @@
 //! Not done: Windows and macOS, where CUDA devices are reported as missing.
 
 use std::collections::BTreeSet;
+use std::ffi::{CStr, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -44,15 +45,36 @@ impl Library {
         }
     }
 
-    /// What it is for, and how to get it.
-    pub fn hint(self) -> &'static str {
+    /// What the engine does with it.
+    pub fn purpose(self) -> &'static str {
+        match self {
+            Library::Driver => "runs everything on the GPU",
+            Library::NvrtcBuiltins | Library::Nvrtc => "compiles kernels",
+            Library::CublasLt => "multiplies matrices",
+            Library::Cudnn => "attention over long sequences",
+            Library::Nccl => "several devices together",
+        }
+    }
+
+    /// Where one gets it.
+    pub fn source(self) -> &'static str {
         match self {
             Library::Driver => "comes with NVIDIA's driver",
-            Library::NvrtcBuiltins | Library::Nvrtc => "compiles kernels: pip install nvidia-cuda-nvrtc",
-            Library::CublasLt => "multiplies matrices: pip install nvidia-cublas",
-            Library::Cudnn => "attention over long sequences, optional: pip install nvidia-cudnn-cu13",
-            Library::Nccl => "several devices, optional: pip install nvidia-nccl-cu13",
+            Library::NvrtcBuiltins | Library::Nvrtc => "pip install nvidia-cuda-nvrtc",
+            Library::CublasLt => "pip install nvidia-cublas",
+            Library::Cudnn => "pip install nvidia-cudnn-cu13",
+            Library::Nccl => "pip install nvidia-nccl-cu13",
         }
+    }
+
+    /// Whether the engine does without it.
+    pub fn is_optional(self) -> bool {
+        matches!(self, Library::Cudnn | Library::Nccl)
+    }
+
+    /// What it is for, and how to get it.
+    pub fn hint(self) -> String {
+        format!("{}: {}", self.purpose(), self.source())
     }
 
     /// File names that a loader may know, newest first.
@@ -73,6 +95,23 @@ impl Library {
 pub struct Found {
     /// Where; the bare name if the loader found it by itself.
     pub path: PathBuf,
+    /// As the loader gave it; the library is never closed.
+    handle: usize,
+}
+
+impl Found {
+    /// The address of a function of the library.
+    #[cfg(unix)]
+    pub(crate) fn symbol(&self, name: &CStr) -> Option<*const c_void> {
+        // SAFETY: the handle is the loader's, and is never closed.
+        let address = unsafe { libc::dlsym(self.handle as *mut c_void, name.as_ptr()) };
+        (!address.is_null()).then_some(address.cast_const())
+    }
+
+    #[cfg(not(unix))]
+    pub(crate) fn symbol(&self, _name: &CStr) -> Option<*const c_void> {
+        None
+    }
 }
 
 /// What was found, and where it was looked for.
@@ -116,7 +155,7 @@ fn open(library: Library, folders: &[PathBuf]) -> Option<Found> {
         let name = CString::new(path.as_os_str().as_encoded_bytes()).ok()?;
         // SAFETY: NVIDIA's libraries may be opened at any time; the handle is kept for ever.
         let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-        (!handle.is_null()).then(|| Found { path: path.to_path_buf() })
+        (!handle.is_null()).then(|| Found { path: path.to_path_buf(), handle: handle as usize })
     };
     let names = library.file_names();
     let by_loader = || names.iter().find_map(|name| open(Path::new(name)));
@@ -145,8 +184,9 @@ fn folders() -> Vec<PathBuf> {
         all.extend(python_folders(&site));
     }
     all.push("/usr/local/cuda/lib64".into());
+    // `lib64` is often a link to `lib`.
     let mut seen = BTreeSet::new();
-    all.retain(|folder| folder.is_dir() && seen.insert(folder.clone()));
+    all.retain(|folder| folder.canonicalize().is_ok_and(|path| path.is_dir() && seen.insert(path)));
     all
 }
 

@@ -8,13 +8,17 @@
 
 mod blas;
 mod compiler;
+mod dnn;
 mod driver;
 mod graph;
 mod launch;
 mod libraries;
+mod links;
 mod profile;
+mod repeated;
 mod slab;
 mod transfer;
+mod versions;
 
 use std::cell::Cell;
 use std::hash::Hash;
@@ -25,15 +29,23 @@ use cudarc::driver::sys;
 
 pub use blas::{Epilogue, Operand, Output, Product};
 pub use compiler::{Macros, Source, Variant, cache_folder, compile, version as compiler_version};
+pub use dnn::{
+    AttentionBackend, AttentionElement, AttentionKey, AttentionPass, AttentionPlan, AttentionStrides,
+    AttentionTensors, dnn_version,
+};
 pub use driver::{Properties, device_count, properties};
 pub use graph::Graph;
 pub use launch::{Arguments, Kernel, Launch};
 pub use libraries::{Found, Libraries, Library};
-pub use profile::ProfileRow;
+pub use links::{Link, free_memory, links};
+pub use profile::{Mark, ProfileRow};
+pub use repeated::RepeatedWork;
 pub use transfer::PendingRead;
+pub use versions::{library_file, library_version};
 
 use crate::DeviceError;
 use crate::memory::MemoryStatistics;
+use dnn::Dnn;
 use driver::check;
 use graph::Mode;
 use launch::Kernels;
@@ -53,6 +65,7 @@ pub struct CudaDevice {
     stream: sys::CUstream,
     slab: Arc<Slab>,
     kernels: Kernels,
+    dnn: Dnn,
     staging: Mutex<Staging>,
     pinned: Mutex<Vec<Pinned>>,
     mode: Mutex<Mode>,
@@ -89,6 +102,7 @@ impl CudaDevice {
             stream,
             slab,
             kernels: Kernels::default(),
+            dnn: Dnn::new()?,
             staging: Mutex::default(),
             pinned: Mutex::default(),
             mode: Mutex::default(),
@@ -311,7 +325,8 @@ impl CudaDevice {
         self.waits.load(Ordering::Relaxed)
     }
 
-    /// From here on every piece of work is timed.
+    /// From here on every piece of work is timed. Steps must not be captured meanwhile: a captured step is
+    /// one piece of work.
     pub fn start_profile(&self) -> Result<(), DeviceError> {
         self.bind()?;
         *self.profile.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(Profile::default());
@@ -332,6 +347,7 @@ impl Drop for CudaDevice {
         unsafe {
             sys::cuCtxSetCurrent(self.context);
             sys::cuStreamSynchronize(self.stream);
+            self.dnn.close();
             sys::cuStreamDestroy_v2(self.stream);
         }
         CURRENT.set(0);

@@ -1,15 +1,37 @@
-//! Where the device's time goes: a timestamp before each piece of work, summed by name.
+//! Where the device's time goes: marks in its stream with the time between them, and a profile: a
+//! timestamp before each piece of work, summed by name.
 //!
-//! A piece's time is that from its start to the start of the next, so gaps count to what came before them.
+//! In a profile a piece's time is that from its start to the start of the next, so gaps count to what came before them.
 
 use std::collections::HashMap;
 
-use cudarc::driver::sys;
-
 use super::CudaDevice;
-use super::driver::check;
 use super::transfer::Event;
 use crate::DeviceError;
+
+/// A point in a device's stream, to measure from.
+pub struct Mark(Event);
+
+impl CudaDevice {
+    /// Marks the place after all work so far; does not wait.
+    pub fn mark(&self) -> Result<Mark, DeviceError> {
+        self.bind()?;
+        let event = Event::new(self.ordinal(), true)?;
+        event.record(self.ordinal(), self.stream())?;
+        Ok(Mark(event))
+    }
+
+    /// The device's time between each mark and the next; waits for the last of them.
+    pub fn milliseconds_between(&self, marks: &[Mark]) -> Result<Vec<f64>, DeviceError> {
+        self.bind()?;
+        if let Some(last) = marks.last().filter(|last| !last.0.passed(self.ordinal()).unwrap_or(false)) {
+            self.count_wait();
+            last.0.wait(self.ordinal())?;
+        }
+        let between = |pair: &[Mark]| pair[1].0.milliseconds_since(self.ordinal(), &pair[0].0).map(f64::from);
+        marks.windows(2).map(between).collect()
+    }
+}
 
 /// The sum of one name.
 #[derive(Clone, Debug)]
@@ -21,28 +43,23 @@ pub struct ProfileRow {
 
 #[derive(Default)]
 pub(crate) struct Profile {
-    marks: Vec<(&'static str, Event)>,
+    names: Vec<&'static str>,
+    marks: Vec<Mark>,
 }
 
 impl Profile {
     pub(crate) fn mark(&mut self, device: &CudaDevice, name: &'static str) -> Result<(), DeviceError> {
-        let event = Event::new(device.ordinal(), true)?;
-        event.record(device.ordinal(), device.stream())?;
-        self.marks.push((name, event));
+        self.marks.push(device.mark()?);
+        self.names.push(name);
         Ok(())
     }
 
     pub(crate) fn finish(mut self, device: &CudaDevice) -> Result<Vec<ProfileRow>, DeviceError> {
         self.mark(device, "end")?;
-        device.synchronize()?;
         let mut sums: HashMap<&'static str, (usize, f64)> = HashMap::new();
-        for pair in self.marks.windows(2) {
-            let mut milliseconds = 0.0;
-            // SAFETY: both events have passed.
-            let result = unsafe { sys::cuEventElapsedTime_v2(&mut milliseconds, pair[0].1.0, pair[1].1.0) };
-            check("cuEventElapsedTime", device.ordinal(), result)?;
-            let sum = sums.entry(pair[0].0).or_default();
-            *sum = (sum.0 + 1, sum.1 + f64::from(milliseconds));
+        for (name, milliseconds) in self.names.iter().zip(device.milliseconds_between(&self.marks)?) {
+            let sum = sums.entry(name).or_default();
+            *sum = (sum.0 + 1, sum.1 + milliseconds);
         }
         let mut rows: Vec<ProfileRow> = sums
             .into_iter()

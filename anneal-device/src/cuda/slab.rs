@@ -4,6 +4,8 @@
 //! block that is given back may be handed out at once. The same requests from the same state get
 //! the same addresses. The slab is a range of virtual addresses as large as the device; memory is
 //! put behind it piece by piece, so that nothing ever moves and no gap is lost between segments.
+//! With the environment variable `ANNEAL_SEPARATE_BUFFERS` every buffer is an allocation of the driver of exactly its
+//! bytes instead, so that compute-sanitizer sees where each one ends; slow, and steps cannot be captured then.
 //! While a step is captured, every block is noted; afterwards that memory is kept from
 //! others for as long as the captured step lives ([`Slab::end_capture`]).
 
@@ -55,6 +57,8 @@ pub(crate) struct Slab {
     capacity: usize,
     granularity: usize,
     limit: Option<usize>,
+    /// Every buffer on its own, for finding accesses out of bounds.
+    separate: bool,
     state: Mutex<State>,
 }
 // SAFETY: handles and addresses are plain numbers to the driver, and the state is behind a lock.
@@ -94,7 +98,8 @@ impl Slab {
                 sys::cuMemAddressReserve(&mut base, capacity, granularity, 0, 0),
             )?;
         }
-        Ok(Self { ordinal, context, base, capacity, granularity, limit, state: Mutex::default() })
+        let separate = std::env::var_os("ANNEAL_SEPARATE_BUFFERS").is_some();
+        Ok(Self { ordinal, context, base, capacity, granularity, limit, separate, state: Mutex::default() })
     }
 
     pub(crate) fn statistics(&self) -> MemoryStatistics {
@@ -106,6 +111,9 @@ impl Slab {
     }
 
     pub(crate) fn allocate(self: &Arc<Self>, bytes: usize, purpose: Purpose) -> Result<Buffer, DeviceError> {
+        if self.separate {
+            return self.allocate_alone(bytes, purpose);
+        }
         let size = bytes.max(1).next_multiple_of(ALIGNMENT);
         let mut state = self.lock();
         let offset = self.find(&mut state, size, purpose)?;
@@ -115,6 +123,15 @@ impl Slab {
         }
         drop(state);
         Ok(Buffer { pointer: self.pointer(offset), size, bytes, purpose, owner: self.clone() })
+    }
+
+    fn allocate_alone(self: &Arc<Self>, bytes: usize, purpose: Purpose) -> Result<Buffer, DeviceError> {
+        let (size, mut address) = (bytes.max(1), 0);
+        // SAFETY: the context is current.
+        check("cuMemAlloc", self.ordinal, unsafe { sys::cuMemAlloc_v2(&mut address, size) })?;
+        self.lock().statistics.take(purpose, size);
+        let pointer = NonNull::new(address as *mut u8).expect("device addresses are not zero");
+        Ok(Buffer { pointer, size, bytes, purpose, owner: Arc::new(Alone { slab: self.clone() }) })
     }
 
     /// The address of an offset, as the pointer that buffers carry.
@@ -260,6 +277,24 @@ impl Owner for Slab {
             }
             None => insert_joined(&mut state.free, offset, size),
         }
+    }
+}
+
+/// The owner of a buffer that is an allocation of its own.
+struct Alone {
+    slab: Arc<Slab>,
+}
+
+impl Owner for Alone {
+    fn release(&self, pointer: NonNull<u8>, size: usize, purpose: Purpose) {
+        self.slab.lock().statistics.give(purpose, size);
+        // SAFETY: made by `allocate_alone`; work that uses it may still be under way, so that is waited for.
+        unsafe {
+            sys::cuCtxSetCurrent(self.slab.context);
+            sys::cuCtxSynchronize();
+            sys::cuMemFree_v2(pointer.as_ptr() as u64);
+        }
+        super::CURRENT.set(self.slab.context as usize);
     }
 }
 

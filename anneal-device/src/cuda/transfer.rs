@@ -79,6 +79,15 @@ impl Event {
         // SAFETY: the event exists.
         check("cuEventSynchronize", ordinal, unsafe { sys::cuEventSynchronize(self.0) })
     }
+
+    /// The device's time between two events with timing that have both passed.
+    pub(crate) fn milliseconds_since(&self, ordinal: usize, earlier: &Event) -> Result<f32, DeviceError> {
+        let mut milliseconds = 0.0;
+        // SAFETY: both events exist.
+        let result = unsafe { sys::cuEventElapsedTime_v2(&mut milliseconds, earlier.0, self.0) };
+        check("cuEventElapsedTime", ordinal, result)?;
+        Ok(milliseconds)
+    }
 }
 
 impl Drop for Event {

@@ -4,13 +4,24 @@
 //! `p -= lr * decay * p; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;`
 //! `p -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)`, then for each average of rate r
 //! `e = r e + (1 - r) p`. All in one pass over flat chunks, in f32.
-//! A step whose gradient norm is not finite changes nothing and is reported.
+//! A step whose gradient norm is not finite changes nothing and is reported. For fp16 the loss is scaled
+//! before backward (see [`LossScale`]); the optimizer divides the scale out.
+//! On a GPU a step decides all of this there: nothing is read back, so that it may be captured.
 
 mod cpu;
+mod cuda;
+mod loss_scale;
+mod report;
 
-use anneal_device::Device;
-use anneal_nn::{ParamId, ParamStore};
+pub use cuda::kernel_variants;
+pub use loss_scale::LossScale;
+pub use report::{DeviceReport, PendingReport, Progress, StepReport};
+
+use anneal_device::{Device, ThreadPool};
+use anneal_nn::{Chunk, ParamId, ParamStore};
 use anneal_tensor::{DType, Purpose, Result, Tensor, ops};
+
+use report::DeviceProgress;
 
 /// Which parameters weight decay applies to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,15 +44,8 @@ pub struct AdamWOptions {
     pub ema_rates: Vec<f64>,
     /// Whether step t (from 0) averages with at most (1 + t) / (10 + t).
     pub ema_warmup: bool,
-}
-
-/// What a step did.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepReport {
-    /// Global norm of the gradient before clipping.
-    pub gradient_norm: f64,
-    /// The norm was not finite: weights, moments and averages are as before.
-    pub skipped: bool,
+    /// Whether the loss is scaled dynamically; for fp16.
+    pub scale_loss: bool,
 }
 
 /// A part of the optimizer's state, one number for each weight.
@@ -81,7 +85,9 @@ pub struct AdamW {
     options: AdamWOptions,
     chunks: Vec<ChunkState>,
     tasks: Vec<Task>,
-    steps: u64,
+    progress: DeviceProgress,
+    /// Of a GPU, once it has made a step.
+    tables: Option<cuda::Tables>,
 }
 
 impl AdamW {
@@ -102,7 +108,10 @@ impl AdamW {
             push_tasks(&mut tasks, chunks.len(), store, index, options.decay);
             chunks.push(state);
         }
-        let optimizer = Self { options, chunks, tasks, steps: 0 };
+        let progress = DeviceProgress::new(device)?;
+        let loss_scale = if options.scale_loss { LossScale::START } else { LossScale::NONE };
+        progress.write(Progress { steps: 0, loss_scale })?;
+        let optimizer = Self { options, chunks, tasks, progress, tables: None };
         optimizer.restart_from_weights(store)?;
         Ok(optimizer)
     }
@@ -122,46 +131,65 @@ impl AdamW {
         &self.options
     }
 
-    /// Steps that changed the weights.
-    pub fn steps(&self) -> u64 {
-        self.steps
+    /// How far it has come; waits for the device.
+    pub fn progress(&self) -> Result<Progress> {
+        self.progress.read()
     }
 
-    /// Continues the count of a saved state.
-    pub fn set_steps(&mut self, steps: u64) {
-        self.steps = steps;
+    /// Continues a saved state. Where the loss is not scaled, the saved scale is of no use.
+    pub fn set_progress(&self, progress: Progress) -> Result<()> {
+        let loss_scale = if self.options.scale_loss { progress.loss_scale } else { LossScale::NONE };
+        self.progress.write(Progress { loss_scale, ..progress })
     }
 
-    /// Updates the weights from the store's gradients, and clears the gradients.
-    pub fn step(&mut self, store: &dyn ParamStore, learning_rate: f64) -> Result<StepReport> {
+    /// What the loss of the next step is to be multiplied by before backward, f32 []; where the step
+    /// is computed, so that a captured step sees it change. `None` where the loss is not scaled.
+    pub fn loss_scale(&self) -> Result<Option<Tensor>> {
+        self.options.scale_loss.then(|| self.progress.loss_scale.piece(0, &[])).transpose()
+    }
+
+    /// Updates the weights from the store's gradients, and clears the gradients. Does not wait for a GPU.
+    pub fn step(&mut self, store: &dyn ParamStore, learning_rate: f64) -> Result<DeviceReport> {
         store.finish_gradients()?;
-        let device = store.device().clone();
         let chunks = self.chunks.iter().map(|state| store.chunk(state.chunk)).collect::<Result<Vec<_>>>()?;
-        let squares = match &device {
-            Device::Cpu(cpu) => cpu::squared_norm(&cpu.pool, &self.tasks, &chunks),
-            Device::Cuda(_) => return Err(anneal_tensor::TensorError::unsupported_device("adamw")),
-        };
-        let report = StepReport { gradient_norm: squares.sqrt(), skipped: !squares.is_finite() };
-        if !report.skipped {
-            self.steps += 1;
-            let constants = self.constants(learning_rate, report.gradient_norm);
-            match &device {
-                Device::Cpu(cpu) => cpu::update(&cpu.pool, &self.tasks, &self.chunks, &chunks, &constants)?,
-                Device::Cuda(_) => return Err(anneal_tensor::TensorError::unsupported_device("adamw")),
+        let report = match store.device() {
+            Device::Cpu(cpu) => {
+                let report = self.step_on_cpu(&cpu.pool, &chunks, learning_rate)?;
+                DeviceReport::of(store.device(), report.gradient_norm, report.loss_scale)?
             }
-        }
+            Device::Cuda(cuda) => {
+                let what = (&self.options, &self.tasks[..], &self.chunks[..]);
+                cuda::step(cuda, what, &mut self.tables, &self.progress, &chunks, learning_rate)?
+            }
+        };
         store.clear_gradients();
         Ok(report)
     }
 
-    fn constants(&self, learning_rate: f64, norm: f64) -> Constants {
+    fn step_on_cpu(&self, pool: &ThreadPool, chunks: &[Chunk], learning_rate: f64) -> Result<StepReport> {
+        let Progress { mut steps, loss_scale } = self.progress.read()?;
+        let scale = f64::from(loss_scale.scale);
+        let norm = cpu::squared_norm(pool, &self.tasks, chunks).sqrt() / scale;
+        let finite = norm.is_finite();
+        if finite {
+            steps += 1;
+            let constants = self.constants(learning_rate, steps, norm, scale);
+            cpu::update(pool, &self.tasks, &self.chunks, chunks, &constants)?;
+        }
+        let loss_scale = if self.options.scale_loss { loss_scale.after(finite) } else { loss_scale };
+        self.progress.write(Progress { steps, loss_scale })?;
+        Ok(StepReport { gradient_norm: norm, skipped: !finite, loss_scale: scale })
+    }
+
+    fn constants(&self, learning_rate: f64, steps: u64, norm: f64, loss_scale: f64) -> Constants {
         let AdamWOptions { betas, epsilon, weight_decay, clip, ema_rates, ema_warmup, .. } = &self.options;
-        let correction = |beta: f64| 1.0 - beta.powf(self.steps as f64);
-        let ramp = self.steps as f64 / (9.0 + self.steps as f64);
+        let correction = |beta: f64| 1.0 - beta.powf(steps as f64);
+        let ramp = steps as f64 / (9.0 + steps as f64);
         let rate = |rate: &f64| if *ema_warmup { rate.min(ramp) } else { *rate };
+        // The small number keeps a norm of zero harmless, as in the common implementations.
+        let clipped = clip.map_or(1.0, |clip| (clip / (norm + 1e-6)).min(1.0));
         Constants {
-            // The small number keeps a norm of zero harmless, as in the common implementations.
-            gradient_scale: clip.map_or(1.0, |clip| (clip / (norm + 1e-6)).min(1.0)) as f32,
+            gradient_scale: (clipped / loss_scale) as f32,
             beta: betas.map(|beta| beta as f32),
             rest: betas.map(|beta| (1.0 - beta) as f32),
             keep: (1.0 - learning_rate * weight_decay) as f32,

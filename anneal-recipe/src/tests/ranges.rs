@@ -57,7 +57,7 @@ const CASES: [(&str, &str, &str); 67] = [
     ("optim.weight_decay=-1", "optim.weight_decay is -1; it must be 0 or more", TYPED),
     ("optim.weight_decay=.inf", "optim.weight_decay is inf; it must be 0 or more", TYPED),
     ("optim.min_lr=1", "optim.min_lr is 1; it must not exceed optim.lr, which is 0.0001", TYPED),
-    ("optim.warmup=11", "optim.warmup is 11; it must not exceed train.steps, which is 10", TYPED),
+    ("optim.warmup=11", "optim.warmup is 11; it must not exceed train.steps, which is 10: add optim.warmup=1", TYPED),
     ("ema.rates=[1]", "ema.rates is 1; it must be between 0 and 1", TYPED),
     ("ema.rates=[0.9,0.9]", "ema.rates holds 0.9 twice", TYPED),
     ("sample.num=0", "sample.num is 0; it must be at least 1", TYPED),
@@ -74,7 +74,7 @@ const CASES: [(&str, &str, &str); 67] = [
     ("sample.sampler=flow_euler", "sample.sampler does not fit diffusion.kind gaussian; use ddim or another than flow_euler", TYPED),
     ("diffusion.kind=flow; sample.sampler=ddim", "sample.sampler does not fit diffusion.kind flow; use flow_euler", TYPED),
     ("name=''", "name is empty; give the run a name", TYPED),
-    ("device=' '", "device is empty; write cpu or cpu:2", TYPED),
+    ("device=' '", "device is empty; write cpu, cpu:2 or cuda", TYPED),
     ("output=''", "output is empty; name the run's folder", TYPED),
 ];
 

@@ -1,5 +1,5 @@
 //! The operations: one folder each, with formula, shapes, forward and backward in `mod.rs`,
-//! the CPU kernel in `cpu.rs` and checks in `tests.rs`.
+//! the CPU kernel in `cpu.rs`, the GPU's in `cuda.rs` and `kernel.cu`, and checks in `tests.rs`.
 //!
 //! Letters in names of dimensions: `b` batch, `n` tokens, `d` features (`o` of an output),
 //! `h` heads, `c` channels, `m` rows of a flattened tensor.

@@ -2,7 +2,7 @@
 //! memory holds one at a time, and every byte is hashed on its way.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -96,6 +96,18 @@ impl TensorSink<'_> {
     }
 }
 
+/// What failed: the caller's part, whose error is its own, or the renaming.
+enum Replacing<E> {
+    Writing(E),
+    Name(FileError),
+}
+
+impl<E> From<FileError> for Replacing<E> {
+    fn from(error: FileError) -> Self {
+        Self::Name(error)
+    }
+}
+
 /// Writes one file; it appears whole. `data` is called once for each index of `specs`, in the order in
 /// which they are stored: wide element types first, so that all are aligned, else as given.
 ///
@@ -108,20 +120,13 @@ pub fn write_file<E: From<WeightsError>>(
     mut data: impl FnMut(usize, &mut TensorSink<'_>) -> Result<(), E>,
 ) -> Result<WrittenFile, E> {
     check_names(path, specs)?;
-    let temporary = files::temporary_name(path).map_err(|error| file_error("write", path)(error))?;
-    let written = write_one(&temporary, specs, &stored_order(specs), metadata, &mut data);
-    let renamed = written.and_then(|written| {
-        fs::rename(&temporary, path).map_err(file_error("write", path))?;
-        files::sync_folder(files::parent(path)).map_err(WeightsError::from)?;
-        Ok(written)
+    let replaced = files::replace_by(path, true, |temporary| {
+        write_one(temporary, specs, &stored_order(specs), metadata, &mut data).map_err(Replacing::Writing)
     });
-    match renamed {
+    match replaced {
         Ok(written) => Ok(WrittenFile { name: file_name(path), ..written }),
-        Err(error) => {
-            // The first error is the one to report; the file may not even exist.
-            let _ = fs::remove_file(&temporary);
-            Err(error)
-        }
+        Err(Replacing::Writing(error)) => Err(error),
+        Err(Replacing::Name(error)) => Err(WeightsError::from(error).into()),
     }
 }
 

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::cli::{Convert, Layout, Precision};
+use crate::scheduler;
 use crate::source::{self, CONFIG_KEY, Opening, SCHEDULER_KEY, Source};
 
 pub fn convert(arguments: &Convert) -> Result<ExitCode> {
@@ -54,7 +55,7 @@ fn options(source: &Source, dtype: StoredDType) -> Result<SaveOptions> {
 }
 
 fn scheduler(source: &Source) -> Result<Value> {
-    source.scheduler.clone().map_or_else(|| source::scheduler_config(&source.objective), Ok)
+    source.scheduler.clone().map_or_else(|| scheduler::config(&source.objective), Ok)
 }
 
 fn write_diffusers(source: &Source, out: &Path, dtype: StoredDType) -> Result<()> {

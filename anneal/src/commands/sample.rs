@@ -8,7 +8,7 @@ use anneal_data::npz::{Npz, Values};
 use anneal_diffusion::Process;
 use anneal_infer::{Pipeline, Request};
 use anneal_models::Denoiser;
-use anneal_recipe::{GuidanceMode, Sampler};
+use anneal_recipe::{ByteSize, GuidanceMode, Sampler};
 use anneal_tensor::Device;
 use anneal_train::report::progress::{Progress, Show};
 use anyhow::{Context, Result, bail};
@@ -16,6 +16,7 @@ use anyhow::{Context, Result, bail};
 use crate::cli::Sample;
 use crate::output;
 use crate::sampling::{self, SamplingSettings};
+use crate::scheduler;
 use crate::source::{self, Opening, Source};
 
 /// Samples when nothing else is said.
@@ -34,7 +35,7 @@ pub struct Drawing {
 pub fn sample(arguments: &Sample) -> Result<ExitCode> {
     let out = arguments.out.clone().unwrap_or_else(|| PathBuf::from("samples.png"));
     output::check(&out)?;
-    let device = Device::parse(&arguments.device, None)?;
+    let device = Device::parse(&arguments.device, arguments.memory_limit.map(ByteSize::bytes))?;
     let opening = Opening {
         ema: arguments.ema.as_deref(),
         heads: arguments.heads,
@@ -46,6 +47,9 @@ pub fn sample(arguments: &Sample) -> Result<ExitCode> {
         eprintln!("warning: {warning}");
     }
     let drawing = drawing(arguments, &source)?;
+    for line in source.scheduler.iter().flat_map(|it| scheduler::not_followed(it, &drawing.settings)) {
+        eprintln!("warning: {line}");
+    }
     draw(&source, &drawing, &out)?;
     println!(
         "{} samples from {} in {}   ({})",
@@ -121,16 +125,22 @@ fn settings(arguments: &Sample, source: &Source) -> Result<SamplingSettings> {
             shift: 1.0,
             guidance: 1.0,
             guidance_mode: GuidanceMode::All,
-            clip: false,
+            clip: None,
+            spacing: None,
         },
     };
+    if let Some(scheduler) = source.scheduler.as_ref() {
+        scheduler::apply(scheduler, &mut settings);
+    }
     if let Some(name) = &arguments.sampler {
         settings.sampler = sampling::sampler_named(name)?;
     }
     if let Some(text) = &arguments.guidance_mode {
         settings.guidance_mode = sampling::guidance_mode_named(text)?;
     }
-    settings.clip = arguments.clip;
+    if arguments.clip {
+        settings.clip = Some(1.0);
+    }
     settings.steps = arguments.steps.unwrap_or(settings.steps);
     settings.guidance = arguments.guidance.unwrap_or(settings.guidance);
     settings.eta = arguments.eta.unwrap_or(settings.eta);

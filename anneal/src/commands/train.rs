@@ -25,7 +25,8 @@ const DIGITS: &str = include_str!("../../../recipes/digits.yaml");
 const QUICKSTART_SAMPLES: usize = 100;
 
 pub fn train(arguments: &Train) -> Result<ExitCode> {
-    let recipe = Recipe::load(&arguments.recipe, &arguments.overrides)?;
+    let mut recipe = Recipe::load(&arguments.recipe, &arguments.overrides)?;
+    recipe.memory_limit = arguments.memory_limit.or(recipe.memory_limit);
     if arguments.plan {
         print!("{}", Plan::new(&recipe)?);
         return Ok(ExitCode::SUCCESS);
@@ -54,19 +55,16 @@ pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
         format!("device={}", serde_json::to_string(&arguments.device)?),
     ];
     overrides.extend(arguments.overrides.iter().cloned());
-    let recipe = Recipe::from_yaml(DIGITS, "recipes/digits.yaml", &overrides)?;
+    let mut recipe = Recipe::from_yaml(DIGITS, "recipes/digits.yaml", &overrides)?;
+    recipe.memory_limit = arguments.memory_limit.or(recipe.memory_limit);
     let (report, code) = run_recipe(&recipe, false, false)?;
     print_report(&recipe, &report);
     if report.stopped {
         return Ok(code);
     }
     let out = arguments.output.join("samples.png");
-    let opening = Opening {
-        ema: None,
-        heads: None,
-        precision: Precision::Fp32,
-        device: anneal_tensor::Device::parse(&recipe.device, None)?,
-    };
+    let opening =
+        Opening { ema: None, heads: None, precision: Precision::Fp32, device: settings::device(&recipe)? };
     let source = source::open(&arguments.output, &opening)?;
     let drawing = Drawing {
         settings: SamplingSettings::of(&recipe.sample),
@@ -139,9 +137,16 @@ fn print_report(recipe: &Recipe, report: &RunReport) {
         println!("train it longer with: anneal resume {folder} train.steps={}", 2 * recipe.train.steps);
         return;
     };
+    // The time is that of this start, and so are the steps before it.
+    let steps = match report.steps_before {
+        0 => summary::plural(report.steps, "step"),
+        before => {
+            let more = summary::plural(report.steps - before, "more step");
+            format!("{more}, {} in all,", summary::count(report.steps))
+        }
+    };
     println!(
-        "trained {} in {} ({:.0} images/s, peak memory {}), last loss {loss:.4}",
-        summary::plural(report.steps, "step"),
+        "trained {steps} in {} ({:.0} images/s, peak memory {}), last loss {loss:.4}",
         summary::duration(report.training),
         report.images_per_second,
         summary::bytes(report.peak_memory as u64)

@@ -7,7 +7,7 @@ use anneal_models::dit::Dit;
 use anneal_recipe::Recipe;
 use anneal_train::report::summary::{self, Align, Table};
 use anneal_train::settings;
-use anneal_train::verify::{VerifyOptions, verify_resume as verify};
+use anneal_train::verify::{VerifyOptions, cost_of_determinism, verify_resume as verify};
 use anyhow::{Context, Result, bail};
 
 use crate::cli::VerifyResume;
@@ -30,8 +30,12 @@ pub fn verify_resume(arguments: &VerifyResume) -> Result<ExitCode> {
     let model = Arc::new(model);
     let preview =
         |store| sampling::preview(&recipe, model.clone(), store).map_err(|error| format!("{error:#}"));
+    let changed = match settings::on_gpu(&recipe) {
+        true => "with another number of workers and without captured steps",
+        false => "with other numbers of workers and threads",
+    };
     println!(
-        "{}: {} steps without a stop, against a stop after step {} with other numbers of workers and threads",
+        "{}: {} steps without a stop, against a stop after step {} {changed}",
         recipe.name, options.steps, options.stop_at
     );
     let comparisons = verify(&recipe, options, scratch.path(), &preview)?;
@@ -49,5 +53,14 @@ pub fn verify_resume(arguments: &VerifyResume) -> Result<ExitCode> {
         bail!("the continued run differs from the uninterrupted one");
     }
     println!("bit-identical");
+    if settings::on_gpu(&recipe) {
+        let [free, deterministic] = cost_of_determinism(&recipe, arguments.steps)?;
+        println!(
+            "deterministic kernels: {:.2} ms a step; chosen freely: {:.2} ms ({:+.1} %)",
+            deterministic * 1e3,
+            free * 1e3,
+            (deterministic / free - 1.0) * 100.0
+        );
+    }
     Ok(ExitCode::SUCCESS)
 }

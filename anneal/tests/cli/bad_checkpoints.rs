@@ -33,7 +33,7 @@ fn truncate(folder: &Folder, file: &str) {
 fn continues_from_the_older(folder: &Folder, reason: &[&str]) {
     let newest = format!("checkpoint {NEWEST} is damaged");
     let used = format!("{OLDER} is used instead");
-    let continued = folder.train("run", &[]).succeeds(&["warning: ", &newest, &used, "trained 6 steps"]);
+    let continued = folder.train("run", &[]).succeeds(&["warning: ", &newest, &used, "6 in all"]);
     continued.says(reason);
     assert_same_checkpoint(folder, "reference", "run", 6);
 }
@@ -145,7 +145,7 @@ fn a_full_disk_loses_nothing_and_the_same_command_continues() {
         "free some space",
         "training goes on and tries again",
         "first exit 1\nstep-00000002\n",
-        "trained 6 steps",
+        "6 in all",
         "second exit 0",
     ]);
     assert!(outcome.err.contains("error: "), "the last save must not fail in silence: {outcome:#?}");
@@ -198,7 +198,14 @@ fn a_second_run_in_the_same_folder_is_refused() {
 fn another_recipe_does_not_continue_a_run() {
     let folder = finished();
     folder.train("run", &["optim.lr=5e-4"]).fails(&["made by another recipe", "optim.lr: 0.001 -> 0.0005"]);
-    folder.anneal(&["resume", "run", "model.depth=2"]).fails(&["model.depth: 1 -> 2"]);
+    folder
+        .anneal(&["resume", "run", "model.depth=2"])
+        .fails(&["model.depth: 1 -> 2", "Run it with the old values, or choose"]);
     folder.train("run", &[]).succeeds(&["already complete at step 6", "anneal resume run train.steps=12"]);
-    folder.anneal(&["resume", "run", "--quiet", "train.steps=8"]).succeeds(&["trained 8 steps"]);
+    folder
+        .train("run", &["train.steps=8"])
+        .fails(&["train.steps: 6 -> 8", "To go on with the new values: anneal resume run train.steps=8\n"]);
+    folder
+        .anneal(&["resume", "run", "--quiet", "train.steps=8"])
+        .succeeds(&["trained 2 more steps, 8 in all, in "]);
 }

@@ -139,7 +139,7 @@ fn completions_are_printed_for_every_shell() {
 #[test]
 fn the_doctor_reports() {
     let folder = Folder::new();
-    folder.anneal(&["doctor"]).succeeds(&["cpu"]);
+    folder.anneal(&["doctor"]).succeeds(&["cpu", "GPU", "libnvrtc", "compiles kernels"]);
     assert!(json(&folder.anneal(&["doctor", "--json"]).succeeds(&[])).is_object());
 }
 
@@ -149,7 +149,7 @@ fn every_measurement_ends_in_numbers() {
     let model =
         "--hidden 16 --depth 1 --heads 2 --patch 2 --image-size 8 --channels 1 --classes 10 --batch 2";
     let few = "--steps 1 --warmup 0 --json";
-    for what in ["op", "block", "step", "sample"] {
+    for what in ["op", "op --attention 1,2,8,16", "block", "step", "forward", "sample --sampling-steps 5"] {
         let line = format!("bench {what} {model} {few}");
         let outcome = folder.anneal(&line.split(' ').collect::<Vec<_>>()).succeeds(&[]);
         assert!(outcome.out.chars().any(|letter| letter.is_ascii_digit()));
@@ -158,4 +158,7 @@ fn every_measurement_ends_in_numbers() {
     let data = folder.anneal(&["bench", "data", "tiny.yaml", "--batches", "3", "--json"]).succeeds(&[]);
     json(&data);
     folder.anneal(&["bench", "step", "--model", "DiT-Q/3"]).fails(&["DiT-Q/3"]);
+    folder.anneal(&["bench", "op", "--attention", "64,16"]).ends(2, &["64,16,256,72"]);
+    let profile = format!("bench forward {model} --profile");
+    folder.anneal(&profile.split(' ').collect::<Vec<_>>()).fails(&["--device cuda"]);
 }

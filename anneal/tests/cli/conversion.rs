@@ -60,6 +60,47 @@ fn a_run_through_both_layouts_draws_the_same_images() {
     assert_eq!(scheduler["beta_schedule"], "squaredcos_cap_v2");
 }
 
+/// Writes the exported scheduler's configuration with other values, and gives the samples and warnings.
+#[track_caller]
+fn with_scheduler(folder: &Folder, changes: Value) -> (Vec<u8>, String) {
+    let path = "exported/scheduler/scheduler_config.json";
+    let before = folder.text(path);
+    let mut config: Value = serde_json::from_str(&before).unwrap();
+    for (key, value) in changes.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    folder.write(path, config.to_string().as_bytes());
+    let bytes = samples(folder, "exported", &[]);
+    let sampled = ["sample", "exported", "--num", "1", "--steps", "2", "--out", "b.npz"];
+    let warnings = folder.anneal(&sampled).succeeds(&[]).err;
+    folder.write(path, before.as_bytes());
+    (bytes, warnings)
+}
+
+#[test]
+fn a_scheduler_is_followed_or_named() {
+    let folder = trained_on_latents(&[]);
+    convert(&folder, "run", "exported", "diffusers");
+    let expected = samples(&folder, "run", &[]);
+    let clipped = samples(&folder, "run", &["--clip"]);
+    assert!(clipped != expected, "the comparison can fail");
+    let followed = |changes| {
+        let (bytes, warnings) = with_scheduler(&folder, changes);
+        assert!(!warnings.contains("warning"), "{warnings}");
+        bytes
+    };
+    assert!(followed(serde_json::json!({})) == expected);
+    assert!(followed(serde_json::json!({"clip_sample": true})) == clipped);
+    // Their library clips where nothing is said.
+    assert!(followed(serde_json::json!({"clip_sample": null})) == clipped);
+    assert!(followed(serde_json::json!({"timestep_spacing": "trailing"})) != expected);
+    for (key, value) in [("steps_offset", Value::from(1)), ("set_alpha_to_one", Value::from(false))] {
+        let (bytes, warnings) = with_scheduler(&folder, serde_json::json!({key: value.clone()}));
+        assert!(bytes == expected, "{key}");
+        assert!(warnings.contains(&format!("warning: the scheduler's {key} is {value}")), "{warnings}");
+    }
+}
+
 #[test]
 fn an_original_file_remembers_what_the_model_predicts() {
     let objectives: [&[&str]; 4] = [

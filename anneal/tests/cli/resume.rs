@@ -69,7 +69,7 @@ fn a_killed_run_continues_with_the_same_bits() {
         running.signal("KILL");
         assert_eq!(running.finish().status.signal(), Some(9), "it must be stopped in the middle");
     }
-    folder.train("run", &LONG).succeeds(&["trained 2,000 steps"]);
+    folder.train("run", &LONG).succeeds(&[" more steps, 2,000 in all, in "]);
     assert_same_run(&folder, "whole", "run", LAST);
     assert_same_grids(&folder, "whole", "run");
     assert!(
@@ -105,7 +105,7 @@ fn a_signal_saves_a_checkpoint_and_says_how_to_continue() {
             "no checkpoint of step {step}"
         );
     }
-    folder.anneal(&["resume", "run", "--quiet"]).succeeds(&["trained 2,000 steps"]);
+    folder.anneal(&["resume", "run", "--quiet"]).succeeds(&[" more steps, 2,000 in all, in "]);
     assert_same_run(&folder, "whole", "run", LAST);
 }
 

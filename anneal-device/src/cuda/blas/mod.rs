@@ -187,7 +187,8 @@ impl CudaDevice {
         self.products.deterministic.store(deterministic, Ordering::Relaxed);
     }
 
-    fn is_deterministic(&self) -> bool {
+    /// What [`Self::set_deterministic`] said last.
+    pub fn is_deterministic(&self) -> bool {
         self.products.deterministic.load(Ordering::Relaxed)
     }
 

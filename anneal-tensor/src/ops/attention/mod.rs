@@ -8,8 +8,10 @@
 //! `dk = scale ds^T q`, `dbias = ds` summed over the dimensions in which the bias is broadcast.
 //! Not done: dropout, causal masks (a bias of minus infinity serves).
 
+mod choice;
 mod cpu;
 pub(super) mod cuda;
+mod dnn;
 
 use anneal_device::Device;
 
@@ -228,7 +230,7 @@ impl Op for Attention {
             Device::Cpu(cpu) => {
                 cpu::forward(&cpu.pool, &self.sizes, self.scale, &operands, &output, log_sums.as_ref());
             }
-            Device::Cuda(cuda) => cuda::forward(cuda, self, &operands, &output, log_sums.as_ref())?,
+            Device::Cuda(cuda) => choice::forward(cuda, self, &operands, &output, log_sums.as_ref())?,
         }
         if let Some(log_sums) = &log_sums {
             for (index, input) in prepared.iter().enumerate() {
@@ -269,7 +271,7 @@ impl Op for Attention {
             Device::Cpu(cpu) => {
                 cpu::backward(&cpu.pool, &self.sizes, self.scale, &operands, &saved, &gradients)?;
             }
-            Device::Cuda(cuda) => cuda::backward(cuda, self, &operands, &saved, &gradients)?,
+            Device::Cuda(cuda) => choice::backward(cuda, self, &operands, &saved, &gradients)?,
         }
         drop(gradients);
         for (index, gradient) in given.into_iter().chain(self.has_bias.then_some(bias)).enumerate() {
@@ -285,6 +287,6 @@ impl Op for Attention {
 struct Saved {
     upstream: Tensor,
     output: Tensor,
-    /// `[B, H, N]`: the logarithm of each softmax's denominator, to the base that the kernel uses.
+    /// `[B, H, N]`: the logarithm of each softmax's denominator, to the base that the device's kernels use.
     log_sums: Tensor,
 }

@@ -1,6 +1,8 @@
 use anneal_tensor::ops::{self, AttentionInput, attention};
 use anneal_tensor::{DType, Device, Result, Tape, Tensor};
-use anneal_testkit::{Array, Tolerance, assert_close, check_op, poisoned_cpu, poisoned_cuda, skip_without};
+use anneal_testkit::{
+    Array, Tolerance, assert_close, check_op, on_every_device, poisoned_cpu, poisoned_cuda, skip_without,
+};
 
 /// Sizes of a case, and its key mask (`[B, M]`, empty for none).
 struct Case {
@@ -124,34 +126,63 @@ impl Case {
         gradients
     }
 
-    /// Value and gradients in f32 against the formulas, and equal bits for 1, 2 and 3 threads.
+    /// Value and gradients of `sum(upstream * output)`, computed in a dtype.
+    fn evaluate(&self, device: &Device, inputs: &[Array], upstream: &Array, dtype: DType) -> Vec<Vec<f32>> {
+        let tape = Tape::new();
+        let cast = |array: &Array| ops::cast(&tensor(device, array), dtype).unwrap();
+        let read = |tensor: &Tensor| ops::cast(tensor, DType::F32).unwrap().to_vec::<f32>().unwrap();
+        let variables: Vec<Tensor> = inputs.iter().map(|input| tape.variable(&cast(input))).collect();
+        let output = self.run(&variables).unwrap().remove(0);
+        let value = read(&output.detach());
+        tape.backward_from(vec![(output, cast(upstream))]).unwrap();
+        let gradients = variables.iter().map(|variable| read(&tape.take_gradient(variable).unwrap()));
+        std::iter::once(value).chain(gradients).collect()
+    }
+
+    /// Value and gradients against the formulas: in f32 with equal bits for 1, 2 and 3 threads, and on a
+    /// GPU in every dtype with equal bits for two runs.
     fn check_large(&self, name: &str, inputs: &[Array]) {
-        let expected = self.reference(inputs).output;
-        let upstream = Array::normal(9, &expected.dims);
-        let gradients = self.reference_gradients(inputs, &upstream);
-        let runs = [1, 2, 3].map(|threads| {
-            let device = poisoned_cpu(threads);
-            let tape = Tape::new();
-            let variables: Vec<Tensor> =
-                inputs.iter().map(|input| tape.variable(&tensor(&device, input))).collect();
-            let output = self.run(&variables).unwrap().remove(0);
-            let value = output.detach().to_vec::<f32>().unwrap();
-            tape.backward_from(vec![(output, tensor(&device, &upstream))]).unwrap();
-            let gradients = variables.iter().map(|variable| tape.take_gradient(variable).unwrap());
-            std::iter::once(value)
-                .chain(gradients.map(|gradient| gradient.to_vec::<f32>().unwrap()))
-                .collect::<Vec<_>>()
-        });
-        close(&format!("{name}: value"), &runs[0][0], &expected, Tolerance::OpValue);
-        for (index, gradient) in gradients.iter().enumerate() {
-            close(&format!("{name}: gradient {index}"), &runs[0][1 + index], gradient, Tolerance::OpGradient);
-        }
         let bits = |run: &[Vec<f32>]| run.concat().into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        let upstream = Array::normal(9, &[self.batch, self.queries, self.heads, self.dim]);
+        let runs =
+            [1, 2, 3].map(|threads| self.evaluate(&poisoned_cpu(threads), inputs, &upstream, DType::F32));
+        self.compare(name, inputs, &upstream, DType::F32, &runs[0]);
         assert!(
             bits(&runs[0]) == bits(&runs[1]) && bits(&runs[0]) == bits(&runs[2]),
             "{name}: threads differ"
         );
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let Some(turn) = poisoned_cuda() else { return skip_without("CUDA device", name) };
+            let inputs: Vec<Array> = inputs.iter().map(|input| rounded(input, dtype)).collect();
+            let upstream = rounded(&upstream, dtype);
+            let runs = [0, 1].map(|_| self.evaluate(&turn.device, &inputs, &upstream, dtype));
+            self.compare(&format!("{name} on a GPU in {dtype}"), &inputs, &upstream, dtype, &runs[0]);
+            assert!(bits(&runs[0]) == bits(&runs[1]), "{name} on a GPU in {dtype}: two runs differ");
+        }
     }
+
+    fn compare(&self, name: &str, inputs: &[Array], upstream: &Array, dtype: DType, run: &[Vec<f32>]) {
+        let [of_value, of_gradient] = match dtype {
+            DType::BF16 => [Tolerance::Bf16; 2],
+            DType::F16 => [Tolerance::F16; 2],
+            _ => [Tolerance::OpValue, Tolerance::OpGradient],
+        };
+        close(&format!("{name}: value"), &run[0], &self.reference(inputs).output, of_value);
+        let gradients = self.reference_gradients(inputs, upstream);
+        for (index, (gradient, got)) in gradients.iter().zip(&run[1..]).enumerate() {
+            close(&format!("{name}: gradient {index}"), got, gradient, of_gradient);
+        }
+    }
+}
+
+/// The values that a dtype can hold.
+fn rounded(array: &Array, dtype: DType) -> Array {
+    let round = |value: &f64| match dtype {
+        DType::BF16 => half::bf16::from_f64(*value).to_f64(),
+        DType::F16 => half::f16::from_f64(*value).to_f64(),
+        _ => *value,
+    };
+    Array::new(&array.dims, array.values.iter().map(round).collect())
 }
 
 impl Case {
@@ -161,9 +192,9 @@ impl Case {
             return skip_without("CUDA device", name);
         };
         for (dtype, bound) in [(DType::F32, 1e-5), (DType::BF16, 1e-2), (DType::F16, 2e-3)] {
-            let inputs: Vec<Array> = inputs.iter().map(|input| input.rounded(dtype)).collect();
+            let inputs: Vec<Array> = inputs.iter().map(|input| rounded(input, dtype)).collect();
             let mut expected = vec![self.reference(&inputs).output];
-            let upstream = Array::normal(9, &expected[0].dims).rounded(dtype);
+            let upstream = rounded(&Array::normal(9, &expected[0].dims), dtype);
             expected.extend(self.reference_gradients(&inputs, &upstream));
             let of_dtype = |array: &Array| ops::cast(&tensor(&turn.device, array), dtype).unwrap();
             let run = || {
@@ -250,14 +281,15 @@ fn unpacked(qkv: &Array) -> Vec<Array> {
 
 #[test]
 fn packed_and_separate_views_of_the_same_memory_agree_bit_for_bit() {
-    let device = Device::cpu(Some(2), None);
-    let qkv = tensor(&device, &Array::normal(5, &[2, 70, 3, 2, 64]));
-    let packed = attention(AttentionInput::Packed(&qkv), None, None, 0.125).unwrap();
-    let part = |part| ops::reshape(&ops::narrow(&qkv, 2, part, 1).unwrap(), &[2, 70, 2, 64]).unwrap();
-    let (query, key, value) = (part(0), part(1), part(2));
-    let input = AttentionInput::Separate { query: &query, key: &key, value: &value };
-    let separate = attention(input, None, None, 0.125).unwrap();
-    assert_eq!(packed.to_vec::<f32>().unwrap(), separate.to_vec::<f32>().unwrap());
+    on_every_device("packed and separate views of the same memory agree bit for bit", |device| {
+        let qkv = tensor(device, &Array::normal(5, &[2, 70, 3, 2, 64]));
+        let packed = attention(AttentionInput::Packed(&qkv), None, None, 0.125).unwrap();
+        let part = |part| ops::reshape(&ops::narrow(&qkv, 2, part, 1).unwrap(), &[2, 70, 2, 64]).unwrap();
+        let (query, key, value) = (part(0), part(1), part(2));
+        let input = AttentionInput::Separate { query: &query, key: &key, value: &value };
+        let separate = attention(input, None, None, 0.125).unwrap();
+        assert_eq!(packed.to_vec::<f32>().unwrap(), separate.to_vec::<f32>().unwrap());
+    });
 }
 
 #[test]
@@ -273,10 +305,11 @@ fn masked_keys_take_no_part_and_a_sample_without_keys_gives_zeros() {
     let case = Case::new(3, 3, 8, 2, 4).masked();
     case.check("attention, mask", &case.inputs());
     case.check("attention, mask and bias", &case.with_bias(1, 2));
-    let device = poisoned_cpu(1);
-    let tensors: Vec<Tensor> = case.inputs().iter().map(|input| tensor(&device, input)).collect();
-    let zeros = case.run(&tensors).unwrap()[0].to_vec::<f32>().unwrap();
-    assert!(zeros[2 * 3 * 2 * 4..].iter().all(|value| *value == 0.0));
+    on_every_device("attention without keys", |device| {
+        let tensors: Vec<Tensor> = case.inputs().iter().map(|input| tensor(device, input)).collect();
+        let zeros = case.run(&tensors).unwrap()[0].to_vec::<f32>().unwrap();
+        assert!(zeros[2 * 3 * 2 * 4..].iter().all(|value| *value == 0.0));
+    });
 }
 
 #[test]
@@ -348,15 +381,16 @@ fn many_small_heads_share_a_task() {
 
 #[test]
 fn huge_scores_neither_overflow_nor_lose_the_winner() {
-    let mut case = Case::new(1, 20, 140, 1, 16);
-    case.scale = 1.0;
-    let mut inputs = case.inputs();
-    // Scores up to some 1e7, where neighbours differ by far more than 88.
-    inputs[..2].iter_mut().for_each(|input| input.values.iter_mut().for_each(|value| *value *= 1024.0));
-    let device = poisoned_cpu(1);
-    let tensors: Vec<Tensor> = inputs.iter().map(|input| tensor(&device, input)).collect();
-    let output = case.run(&tensors).unwrap()[0].to_vec::<f32>().unwrap();
-    close("huge scores", &output, &case.reference(&inputs).output, Tolerance::OpValue);
+    on_every_device("huge scores neither overflow nor lose the winner", |device| {
+        let mut case = Case::new(1, 20, 140, 1, 16);
+        case.scale = 1.0;
+        let mut inputs = case.inputs();
+        // Scores up to some 1e7, where neighbours differ by far more than 88.
+        inputs[..2].iter_mut().for_each(|input| input.values.iter_mut().for_each(|value| *value *= 1024.0));
+        let tensors: Vec<Tensor> = inputs.iter().map(|input| tensor(device, input)).collect();
+        let output = case.run(&tensors).unwrap()[0].to_vec::<f32>().unwrap();
+        close("huge scores", &output, &case.reference(&inputs).output, Tolerance::OpValue);
+    });
 }
 
 #[test]
@@ -371,81 +405,86 @@ fn scores_that_grow_from_block_to_block_are_rescaled() {
 
 #[test]
 fn a_bias_of_minus_infinity_masks() {
-    let device = poisoned_cpu(1);
-    let case = Case::new(1, 4, 6, 1, 16);
-    let mut inputs = case.with_bias(1, 1);
-    for m in 0..6 {
-        *inputs[3].at_mut(&[0, 0, 1, m]) = f64::NEG_INFINITY;
-        *inputs[3].at_mut(&[0, 0, 2, m]) = if m < 3 { f64::NEG_INFINITY } else { 0.0 };
-    }
-    let tape = Tape::new();
-    let variables: Vec<Tensor> = inputs.iter().map(|input| tape.variable(&tensor(&device, input))).collect();
-    let output = case.run(&variables).unwrap().remove(0);
-    let expected = case.reference(&inputs).output;
-    close("value", &output.detach().to_vec::<f32>().unwrap(), &expected, Tolerance::OpValue);
-    assert!(output.detach().to_vec::<f32>().unwrap()[16..32].iter().all(|value| *value == 0.0));
-    let upstream = Array::normal(9, &expected.dims);
-    tape.backward_from(vec![(output, tensor(&device, &upstream))]).unwrap();
-    for (variable, expected) in variables.iter().zip(case.reference_gradients(&inputs, &upstream)) {
-        let gradient = tape.take_gradient(variable).unwrap().to_vec::<f32>().unwrap();
-        close("gradient", &gradient, &expected, Tolerance::OpGradient);
-    }
+    on_every_device("a bias of minus infinity masks", |device| {
+        let case = Case::new(1, 4, 6, 1, 16);
+        let mut inputs = case.with_bias(1, 1);
+        for m in 0..6 {
+            *inputs[3].at_mut(&[0, 0, 1, m]) = f64::NEG_INFINITY;
+            *inputs[3].at_mut(&[0, 0, 2, m]) = if m < 3 { f64::NEG_INFINITY } else { 0.0 };
+        }
+        let tape = Tape::new();
+        let variables: Vec<Tensor> =
+            inputs.iter().map(|input| tape.variable(&tensor(device, input))).collect();
+        let output = case.run(&variables).unwrap().remove(0);
+        let expected = case.reference(&inputs).output;
+        close("value", &output.detach().to_vec::<f32>().unwrap(), &expected, Tolerance::OpValue);
+        assert!(output.detach().to_vec::<f32>().unwrap()[16..32].iter().all(|value| *value == 0.0));
+        let upstream = Array::normal(9, &expected.dims);
+        tape.backward_from(vec![(output, tensor(device, &upstream))]).unwrap();
+        for (variable, expected) in variables.iter().zip(case.reference_gradients(&inputs, &upstream)) {
+            let gradient = tape.take_gradient(variable).unwrap().to_vec::<f32>().unwrap();
+            close("gradient", &gradient, &expected, Tolerance::OpGradient);
+        }
+    });
 }
 
 #[test]
 fn a_value_that_is_not_a_number_shows() {
-    let device = Device::cpu(Some(1), None);
-    let case = Case::new(1, 2, 3, 1, 16);
-    for input in 0..3 {
-        let mut inputs = case.inputs();
-        inputs[input].values[0] = f64::NAN;
-        let tensors: Vec<Tensor> = inputs.iter().map(|input| tensor(&device, input)).collect();
-        assert!(case.run(&tensors).unwrap()[0].to_vec::<f32>().unwrap()[0].is_nan(), "input {input}");
-    }
+    on_every_device("a value that is not a number shows", |device| {
+        let case = Case::new(1, 2, 3, 1, 16);
+        for input in 0..3 {
+            let mut inputs = case.inputs();
+            inputs[input].values[0] = f64::NAN;
+            let tensors: Vec<Tensor> = inputs.iter().map(|input| tensor(device, input)).collect();
+            assert!(case.run(&tensors).unwrap()[0].to_vec::<f32>().unwrap()[0].is_nan(), "input {input}");
+        }
+    });
 }
 
 #[test]
 fn only_wanted_gradients_are_computed_and_they_are_the_same() {
-    let device = poisoned_cpu(2);
-    let case = Case::new(2, 40, 70, 2, 16);
-    let inputs = case.with_bias(1, 2);
-    let gradients = |wanted: &[bool]| -> Vec<Option<Vec<f32>>> {
-        let tape = Tape::new();
-        let tensors: Vec<Tensor> = inputs.iter().map(|input| tensor(&device, input)).collect();
-        let variables: Vec<Tensor> = tensors
-            .iter()
-            .zip(wanted)
-            .map(|(tensor, wanted)| if *wanted { tape.variable(tensor) } else { tensor.clone() })
-            .collect();
-        let output = case.run(&variables).unwrap().remove(0);
-        let upstream = tensor(&device, &Array::normal(9, output.dims()));
-        tape.backward_from(vec![(output, upstream)]).unwrap();
-        let taken = variables.iter().zip(wanted).map(|(variable, wanted)| {
-            wanted.then(|| tape.take_gradient(variable).unwrap().to_vec::<f32>().unwrap())
-        });
-        taken.collect()
-    };
-    let all = gradients(&[true; 4]);
-    for only in 0..4 {
-        let mut wanted = [false; 4];
-        wanted[only] = true;
-        assert_eq!(gradients(&wanted)[only], all[only], "input {only}");
-    }
+    on_every_device("only wanted gradients are computed and they are the same", |device| {
+        let case = Case::new(2, 40, 70, 2, 16);
+        let inputs = case.with_bias(1, 2);
+        let gradients = |wanted: &[bool]| -> Vec<Option<Vec<f32>>> {
+            let tape = Tape::new();
+            let tensors: Vec<Tensor> = inputs.iter().map(|input| tensor(device, input)).collect();
+            let variables: Vec<Tensor> = tensors
+                .iter()
+                .zip(wanted)
+                .map(|(tensor, wanted)| if *wanted { tape.variable(tensor) } else { tensor.clone() })
+                .collect();
+            let output = case.run(&variables).unwrap().remove(0);
+            let upstream = tensor(device, &Array::normal(9, output.dims()));
+            tape.backward_from(vec![(output, upstream)]).unwrap();
+            let taken = variables.iter().zip(wanted).map(|(variable, wanted)| {
+                wanted.then(|| tape.take_gradient(variable).unwrap().to_vec::<f32>().unwrap())
+            });
+            taken.collect()
+        };
+        let all = gradients(&[true; 4]);
+        for only in 0..4 {
+            let mut wanted = [false; 4];
+            wanted[only] = true;
+            assert_eq!(gradients(&wanted)[only], all[only], "input {only}");
+        }
+    });
 }
 
 #[test]
 fn a_bias_may_be_f32_beside_bf16_inputs() {
-    let device = poisoned_cpu(1);
-    let case = Case::new(1, 5, 7, 2, 8);
-    let inputs = case.with_bias(1, 2);
-    let mut tensors: Vec<Tensor> = inputs.iter().map(|input| tensor(&device, input)).collect();
-    for tensor in &mut tensors[..3] {
-        *tensor = ops::cast(tensor, DType::BF16).unwrap();
-    }
-    let output = case.run(&tensors).unwrap().remove(0);
-    assert_eq!(output.dtype(), DType::BF16);
-    let output = ops::cast(&output, DType::F32).unwrap().to_vec::<f32>().unwrap();
-    close("bf16", &output, &case.reference(&inputs).output, Tolerance::Bf16);
+    on_every_device("a bias may be f32 beside bf16 inputs", |device| {
+        let case = Case::new(1, 5, 7, 2, 8);
+        let inputs = case.with_bias(1, 2);
+        let mut tensors: Vec<Tensor> = inputs.iter().map(|input| tensor(device, input)).collect();
+        for tensor in &mut tensors[..3] {
+            *tensor = ops::cast(tensor, DType::BF16).unwrap();
+        }
+        let output = case.run(&tensors).unwrap().remove(0);
+        assert_eq!(output.dtype(), DType::BF16);
+        let output = ops::cast(&output, DType::F32).unwrap().to_vec::<f32>().unwrap();
+        close("bf16", &output, &case.reference(&inputs).output, Tolerance::Bf16);
+    });
 }
 
 #[test]

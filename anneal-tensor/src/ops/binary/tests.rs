@@ -1,5 +1,5 @@
 use anneal_tensor::{DType, Device, Result, Tensor, ops};
-use anneal_testkit::{Array, check_op};
+use anneal_testkit::{Array, check_op, on_every_device};
 
 type Operation = fn(&Tensor, &Tensor) -> Result<Tensor>;
 type Formula = fn(f64, f64) -> f64;
@@ -37,7 +37,7 @@ fn broadcast(f: impl Fn(f64, f64) -> f64, a: &Array, b: &Array) -> Array {
 
 #[test]
 fn functions_of_two_tensors_with_every_kind_of_broadcast() {
-    let shapes: [(&[usize], &[usize]); 7] = [
+    let shapes: [(&[usize], &[usize]); 9] = [
         (&[3, 5, 17], &[3, 5, 17]),
         (&[3, 5, 17], &[17]),
         (&[3, 1, 17], &[5, 1]),
@@ -45,6 +45,9 @@ fn functions_of_two_tensors_with_every_kind_of_broadcast() {
         (&[3, 1, 1], &[3, 4, 5]),
         (&[7], &[]),
         (&[1, 1], &[1, 1]),
+        // Rows that are whole packs of a GPU's accesses, beside rows and numbers that repeat.
+        (&[2, 3, 16], &[3, 1]),
+        (&[2, 1, 24], &[3, 24]),
     ];
     for (name, op, formula) in OPERATIONS {
         for (a, b) in shapes {
@@ -61,19 +64,20 @@ fn functions_of_two_tensors_with_every_kind_of_broadcast() {
 /// Enough rows for several blocks, and enough columns for several pieces; all sums are exact.
 #[test]
 fn a_bias_over_many_rows_gets_the_sum_of_all() {
-    let device = Device::cpu(Some(3), None);
-    let (rows, width) = (300, 1100);
-    let values: Vec<f32> = (0..rows * width).map(|i| (i % 7) as f32).collect();
-    let x = Tensor::from_slice(&device, &values, &[rows, width]).unwrap();
-    let tape = anneal_tensor::Tape::new();
-    let bias = tape.variable(&Tensor::zeros(&device, &[width], DType::F32).unwrap());
-    let y = ops::add(&x, &bias).unwrap();
-    tape.backward_from(vec![(y, x)]).unwrap();
-    let gradient = tape.take_gradient(&bias).unwrap().to_vec::<f32>().unwrap();
-    for (column, gradient) in gradient.iter().enumerate() {
-        let expected: usize = (0..rows).map(|row| (row * width + column) % 7).sum();
-        assert_eq!(*gradient, expected as f32, "column {column}");
-    }
+    on_every_device("the gradient of a bias over many rows", |device| {
+        let (rows, width) = (300, 1100);
+        let values: Vec<f32> = (0..rows * width).map(|i| (i % 7) as f32).collect();
+        let x = Tensor::from_slice(device, &values, &[rows, width]).unwrap();
+        let tape = anneal_tensor::Tape::new();
+        let bias = tape.variable(&Tensor::zeros(device, &[width], DType::F32).unwrap());
+        let y = ops::add(&x, &bias).unwrap();
+        tape.backward_from(vec![(y, x)]).unwrap();
+        let gradient = tape.take_gradient(&bias).unwrap().to_vec::<f32>().unwrap();
+        for (column, gradient) in gradient.iter().enumerate() {
+            let expected: usize = (0..rows).map(|row| (row * width + column) % 7).sum();
+            assert_eq!(*gradient, expected as f32, "column {column}");
+        }
+    });
 }
 
 #[test]

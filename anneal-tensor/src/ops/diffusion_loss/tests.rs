@@ -1,6 +1,6 @@
 use anneal_tensor::ops::{DiffusionLossRow, VariationalRow, diffusion_loss};
 use anneal_tensor::{DType, Device, Tape, Tensor, ops};
-use anneal_testkit::{Array, check_op, poisoned_cpu};
+use anneal_testkit::{Array, check_op, on_every_device};
 
 const DIMS: [usize; 4] = [3, 3, 5, 1];
 
@@ -105,22 +105,23 @@ fn the_variational_term_has_the_value_and_variance_gradient_of_its_formula() {
 
 #[test]
 fn the_prediction_is_trained_by_the_squared_error_alone() {
-    let device = poisoned_cpu(2);
-    let (clean, noise) = (tensor(&device, &pixels()), tensor(&device, &Array::normal(2, &DIMS)));
-    let prediction = tensor(&device, &Array::normal(3, &DIMS));
-    let gradient = |rows: &[DiffusionLossRow], learned: bool| {
-        let tape = Tape::new();
-        let variable = tape.variable(&prediction);
-        let output = match learned {
-            true => ops::concat(&[&variable, &tensor(&device, &Array::normal(4, &DIMS))], 1).unwrap(),
-            false => variable.clone(),
+    on_every_device("the gradient of the prediction", |device| {
+        let (clean, noise) = (tensor(device, &pixels()), tensor(device, &Array::normal(2, &DIMS)));
+        let prediction = tensor(device, &Array::normal(3, &DIMS));
+        let gradient = |rows: &[DiffusionLossRow], learned: bool| {
+            let tape = Tape::new();
+            let variable = tape.variable(&prediction);
+            let output = match learned {
+                true => ops::concat(&[&variable, &tensor(device, &Array::normal(4, &DIMS))], 1).unwrap(),
+                false => variable.clone(),
+            };
+            let total = diffusion_loss(&output, &clean, &noise, rows).unwrap().total;
+            let upstream = Tensor::from_slice(device, &[1.0f32, -2.0, 0.5], &[3]).unwrap();
+            tape.backward_from(vec![(total, upstream)]).unwrap();
+            tape.take_gradient(&variable).unwrap().to_vec::<f32>().unwrap()
         };
-        let total = diffusion_loss(&output, &clean, &noise, rows).unwrap().total;
-        let upstream = Tensor::from_slice(&device, &[1.0f32, -2.0, 0.5], &[3]).unwrap();
-        tape.backward_from(vec![(total, upstream)]).unwrap();
-        tape.take_gradient(&variable).unwrap().to_vec::<f32>().unwrap()
-    };
-    assert_eq!(gradient(&variational_rows(), true), gradient(&plain_rows(), false));
+        assert_eq!(gradient(&variational_rows(), true), gradient(&plain_rows(), false));
+    });
 }
 
 /// KL(N(offset, e^a) || N(0, e^b)).
@@ -138,19 +139,24 @@ fn decoder_cost(pixel: f64, offset: f64, scale: f64) -> f64 {
 
 #[test]
 fn error_and_variational_term_are_reported_without_their_weights() {
-    let device = poisoned_cpu(2);
-    let rows = variational_rows();
-    let output = tensor(&device, &Array::normal(3, &[3, 6, 5, 1]));
-    let (clean, noise) = (tensor(&device, &pixels()), tensor(&device, &Array::normal(2, &DIMS)));
-    let loss = diffusion_loss(&output, &clean, &noise, &rows).unwrap();
-    let [total, error, variational] =
-        [&loss.total, &loss.error, &loss.variational].map(|loss| loss.to_vec::<f32>().unwrap());
-    for (index, row) in rows.iter().enumerate() {
-        let weight = row.variational.unwrap().weight as f32;
-        let expected = row.error_weight as f32 * error[index] + weight * variational[index];
-        assert!((total[index] - expected).abs() <= 1e-6 * expected.abs(), "{} for {expected}", total[index]);
-        assert!(error[index] > 0.0 && variational[index] > 0.0);
-    }
+    on_every_device("the parts of the diffusion loss", |device| {
+        let rows = variational_rows();
+        let output = tensor(device, &Array::normal(3, &[3, 6, 5, 1]));
+        let (clean, noise) = (tensor(device, &pixels()), tensor(device, &Array::normal(2, &DIMS)));
+        let loss = diffusion_loss(&output, &clean, &noise, &rows).unwrap();
+        let [total, error, variational] =
+            [&loss.total, &loss.error, &loss.variational].map(|loss| loss.to_vec::<f32>().unwrap());
+        for (index, row) in rows.iter().enumerate() {
+            let weight = row.variational.unwrap().weight as f32;
+            let expected = row.error_weight as f32 * error[index] + weight * variational[index];
+            assert!(
+                (total[index] - expected).abs() <= 1e-6 * expected.abs(),
+                "{} for {expected}",
+                total[index]
+            );
+            assert!(error[index] > 0.0 && variational[index] > 0.0);
+        }
+    });
 }
 
 #[test]

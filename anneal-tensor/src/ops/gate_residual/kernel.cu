@@ -1,15 +1,14 @@
 // The gated residual, y = x + gate * branch, and its gradients: with g that of y,
 //   dbranch = gate * g, and over the rows of each run the sum of branch * g (for gate).
 //
-// x, branch, y, gradient, branch_gradient [groups, rows, width], contiguous, of ELEMENT; branch_gradient may lie in the memory of branch
-// or gradient. gate: a row of `width` elements of VECTOR a group, `stride` elements apart. partial [groups, runs, width] f32.
+// x, branch, y, gradient, branch_gradient [groups, rows, width], contiguous, of ELEMENT; branch_gradient may lie in the
+// memory of branch or gradient. gate: a row of `width` elements of VECTOR a group, `stride` elements apart. partial [groups, runs, width] f32.
 // PACK elements are loaded together: width and stride are multiples of it, all pointers of its bytes.
 //
 // Geometry: a block has a run of `run` rows of one group; grid: groups * runs. A thread has packs of columns, one after the
 // other if the row is wider than the block, and walks down the rows with gate and sum in registers and the loads of ROWS rows
 // under way together.
 // Deterministic: rows are added in order.
-
 
 extern "C" __global__ void gate_residual(
     const ELEMENT *__restrict__ x, const ELEMENT *__restrict__ branch, ELEMENT *__restrict__ y, const VECTOR *__restrict__ gate,

@@ -1,5 +1,5 @@
-use anneal_tensor::{DType, Device, Tensor, ops};
-use anneal_testkit::{Array, check_op};
+use anneal_tensor::{DType, Tensor, ops};
+use anneal_testkit::{Array, check_op, on_every_device};
 
 #[test]
 fn the_error_of_each_sample() {
@@ -23,11 +23,24 @@ fn the_error_of_each_sample() {
 
 #[test]
 fn dtypes_may_differ_and_shapes_may_not() {
-    let device = Device::cpu(Some(1), None);
-    let x = Tensor::from_slice(&device, &[1.0f32, 2.0, 3.0, 5.0], &[2, 2]).unwrap();
-    let target = Tensor::zeros(&device, &[2, 2], DType::BF16).unwrap();
-    assert_eq!(ops::mse(&x, &target).unwrap().to_vec::<f32>().unwrap(), [2.5, 17.0]);
-    let other = Tensor::zeros(&device, &[4], DType::F32).unwrap();
-    let message = ops::mse(&x, &other).unwrap_err().to_string();
-    assert!(message.contains("prediction [2, 2] and target [4]"), "{message}");
+    on_every_device("mse of two dtypes", |device| {
+        let x = Tensor::from_slice(device, &[1.0f32, 2.0, 3.0, 5.0], &[2, 2]).unwrap();
+        let target = Tensor::zeros(device, &[2, 2], DType::BF16).unwrap();
+        assert_eq!(ops::mse(&x, &target).unwrap().to_vec::<f32>().unwrap(), [2.5, 17.0]);
+        let other = Tensor::zeros(device, &[4], DType::F32).unwrap();
+        let message = ops::mse(&x, &other).unwrap_err().to_string();
+        assert!(message.contains("prediction [2, 2] and target [4]"), "{message}");
+    });
+}
+
+#[test]
+fn more_samples_than_a_grid_has_rows() {
+    on_every_device("mse of many samples", |device| {
+        let samples = 70_001;
+        let values: Vec<f32> = (0..2 * samples).map(|place| (place / 2 % 5) as f32).collect();
+        let x = Tensor::from_slice(device, &values, &[samples, 2]).unwrap();
+        let zero = Tensor::zeros(device, &[samples, 2], DType::F32).unwrap();
+        let error = ops::mse(&x, &zero).unwrap().to_vec::<f32>().unwrap();
+        assert!(error.iter().enumerate().all(|(sample, error)| *error == ((sample % 5) as f32).powi(2)));
+    });
 }

@@ -1,5 +1,5 @@
 use anneal_tensor::{DType, Device, Tensor, ops};
-use anneal_testkit::{Array, check_op};
+use anneal_testkit::{Array, check_op, on_every_device};
 
 /// Folds the values that share an index once `axes` are left out; all dimensions are kept.
 fn fold(x: &Array, axes: &[usize], start: f64, f: impl Fn(f64, f64) -> f64) -> Array {
@@ -28,8 +28,8 @@ const AXES: [&[usize]; 8] = [&[], &[0], &[1], &[2], &[0, 2], &[2, 1], &[0, 1], &
 
 #[test]
 fn sums_and_means_over_any_dimensions() {
-    let dims = [3, 5, 17];
-    for axes in AXES {
+    // Odd rows, and rows that are whole packs of a GPU's accesses.
+    for (dims, axes) in AXES.iter().flat_map(|axes| [([3, 5, 17], *axes), ([2, 5, 16], *axes)]) {
         let count: usize = axes.iter().map(|axis| dims[*axis]).product();
         check_op(
             &format!("sum over {axes:?}"),
@@ -65,35 +65,38 @@ fn maxima_over_any_dimensions() {
     }
 }
 
-/// Runs cut into pieces, and rows cut into columns and blocks; all sums are exact.
+/// Runs cut into pieces, rows cut into columns and blocks, and what a GPU cuts into parts; all sums are exact.
 #[test]
 fn large_reductions_equal_their_parts() {
-    let device = Device::cpu(Some(3), None);
-    let (rows, width) = (70, 9001);
-    let values: Vec<f32> = (0..rows * width).map(|i| (i % 11) as f32 - 5.0).collect();
-    let x = Tensor::from_slice(&device, &values, &[rows, width]).unwrap();
-    let total = |list: &mut dyn Iterator<Item = usize>| list.map(|i| values[i]).sum::<f32>();
-    let all = ops::sum(&x, &[0, 1], false).unwrap().to_vec::<f32>().unwrap();
-    assert_eq!(all, [total(&mut (0..rows * width))]);
-    let columns = ops::sum(&x, &[0], false).unwrap().to_vec::<f32>().unwrap();
-    let each = ops::sum(&x, &[1], false).unwrap().to_vec::<f32>().unwrap();
-    for (column, sum) in columns.iter().enumerate() {
-        assert_eq!(*sum, total(&mut (0..rows).map(|row| row * width + column)));
-    }
-    for (row, sum) in each.iter().enumerate() {
-        assert_eq!(*sum, total(&mut (row * width..(row + 1) * width)));
-    }
+    on_every_device("large reductions", |device| {
+        for (rows, width) in [(70, 9001), (4096, 64), (2, 40_000), (20_001, 3)] {
+            let values: Vec<f32> = (0..rows * width).map(|i| (i % 11) as f32 - 5.0).collect();
+            let x = Tensor::from_slice(device, &values, &[rows, width]).unwrap();
+            let total = |list: &mut dyn Iterator<Item = usize>| list.map(|i| values[i]).sum::<f32>();
+            let all = ops::sum(&x, &[0, 1], false).unwrap().to_vec::<f32>().unwrap();
+            assert_eq!(all, [total(&mut (0..rows * width))]);
+            let columns = ops::sum(&x, &[0], false).unwrap().to_vec::<f32>().unwrap();
+            let each = ops::sum(&x, &[1], false).unwrap().to_vec::<f32>().unwrap();
+            for (column, sum) in columns.iter().enumerate() {
+                assert_eq!(*sum, total(&mut (0..rows).map(|row| row * width + column)));
+            }
+            for (row, sum) in each.iter().enumerate() {
+                assert_eq!(*sum, total(&mut (row * width..(row + 1) * width)));
+            }
+        }
+    });
 }
 
 #[test]
 fn equal_maxima_share_the_gradient_and_nan_is_a_maximum() {
-    let device = Device::cpu(Some(1), None);
-    let tape = anneal_tensor::Tape::new();
-    let x = tape.variable(&Tensor::from_slice(&device, &[2.0f32, 5.0, 5.0, 1.0], &[4]).unwrap());
-    tape.backward(&ops::max(&x, &[0], false).unwrap()).unwrap();
-    assert_eq!(tape.take_gradient(&x).unwrap().to_vec::<f32>().unwrap(), [0.0, 0.5, 0.5, 0.0]);
-    let x = Tensor::from_slice(&device, &[2.0f32, f32::NAN, 5.0], &[3]).unwrap();
-    assert!(ops::max(&x, &[0], false).unwrap().to_vec::<f32>().unwrap()[0].is_nan());
+    on_every_device("equal maxima", |device| {
+        let tape = anneal_tensor::Tape::new();
+        let x = tape.variable(&Tensor::from_slice(device, &[2.0f32, 5.0, 5.0, 1.0], &[4]).unwrap());
+        tape.backward(&ops::max(&x, &[0], false).unwrap()).unwrap();
+        assert_eq!(tape.take_gradient(&x).unwrap().to_vec::<f32>().unwrap(), [0.0, 0.5, 0.5, 0.0]);
+        let x = Tensor::from_slice(device, &[2.0f32, f32::NAN, 5.0], &[3]).unwrap();
+        assert!(ops::max(&x, &[0], false).unwrap().to_vec::<f32>().unwrap()[0].is_nan());
+    });
 }
 
 #[test]

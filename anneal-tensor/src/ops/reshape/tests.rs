@@ -1,5 +1,5 @@
-use anneal_tensor::{Device, Tensor, ops};
-use anneal_testkit::{Array, check_op};
+use anneal_tensor::{Device, Element, Tensor, ops};
+use anneal_testkit::{Array, check_op, on_every_device};
 
 fn picked(x: &Array, dims: &[usize], source: impl Fn(&[usize]) -> Vec<usize>) -> Array {
     let mut out = Array::zeros(dims);
@@ -79,4 +79,49 @@ fn shapes_that_do_not_fit_are_named() {
     for (message, part) in messages.iter().zip(["[2, 3]", "[0, 0]", "2..4", "[1, 1]", "[]"]) {
         assert!(message.to_string().contains(part), "{message}");
     }
+}
+
+/// Ranges and orders whose runs are words of every width that a copy may use, at every alignment.
+#[test]
+fn strided_copies_keep_the_elements_of_every_dtype() {
+    fn check<T: Element + PartialEq + std::fmt::Debug>(device: &Device, value: impl Fn(usize) -> T) {
+        let sizes = [5, 6, 48];
+        let values: Vec<T> = (0..5 * 6 * 48).map(value).collect();
+        let whole = Tensor::from_slice(device, &values, &sizes).unwrap();
+        for (start, len) in [(0, 48), (0, 32), (16, 16), (8, 24), (4, 12), (2, 6), (1, 5), (3, 1), (40, 8)] {
+            let part = ops::narrow(&whole, 2, start, len).unwrap();
+            for order in [[0, 1, 2], [1, 0, 2], [2, 1, 0], [0, 2, 1]] {
+                let turned = ops::permute(&part, &order).unwrap().to_vec::<T>().unwrap();
+                let size = [5, 6, len];
+                let [a, b, c] = order.map(|axis| size[axis]);
+                for (position, value) in turned.iter().enumerate() {
+                    let mut index = [0; 3];
+                    (index[order[0]], index[order[1]], index[order[2]]) =
+                        (position / (b * c), position / c % b, position % c);
+                    let place = (index[0] * 6 + index[1]) * 48 + start + index[2];
+                    assert_eq!(*value, values[place], "{order:?} of {start}..{}", start + len);
+                }
+                assert_eq!(turned.len(), a * b * c);
+            }
+        }
+    }
+    on_every_device("strided copies", |device| {
+        check(device, |place| place as f32);
+        check(device, |place| place as i64);
+        check(device, |place| place as u8);
+        check(device, |place| anneal_tensor::half::bf16::from_f32(place as f32));
+    });
+}
+
+#[test]
+fn a_large_transposition_is_whole() {
+    on_every_device("a large transposition", |device| {
+        let (rows, columns) = (517, 613);
+        let values: Vec<f32> = (0..rows * columns).map(|place| place as f32).collect();
+        let x = Tensor::from_slice(device, &values, &[rows, columns]).unwrap();
+        let turned = ops::permute(&x, &[1, 0]).unwrap().to_vec::<f32>().unwrap();
+        for (position, value) in turned.iter().enumerate() {
+            assert_eq!(*value, values[position % rows * columns + position / rows]);
+        }
+    });
 }

@@ -1,5 +1,5 @@
-use anneal_tensor::{DType, Device, Tensor, ops};
-use anneal_testkit::{Array, check_op};
+use anneal_tensor::{DType, Device, Tape, Tensor, ops};
+use anneal_testkit::{Array, check_op, on_every_device, poisoned_cuda, skip_without};
 
 fn ids(device: &Device, values: &[i64], sizes: &[usize]) -> Tensor {
     Tensor::from_slice(device, values, sizes).unwrap()
@@ -73,4 +73,47 @@ fn indices_that_do_not_fit_are_named() {
     assert!(message.contains("one entry for each row of x [2, 3, 4]"), "{message}");
     let message = ops::embedding(&table, &table).unwrap_err().to_string();
     assert!(message.contains("indices must be i64, found f32"), "{message}");
+}
+
+#[test]
+fn many_rows_are_picked_and_their_gradients_summed_exactly() {
+    on_every_device("embedding of many ids", |device| {
+        let (rows, width, count) = (1001, 12, 70_001);
+        let values: Vec<f32> = (0..rows * width).map(|place| place as f32).collect();
+        let list: Vec<i64> = (0..count as i64).map(|k| k * k % 1000).collect();
+        let tape = Tape::new();
+        let table = tape.variable(&Tensor::from_slice(device, &values, &[rows, width]).unwrap());
+        let picked = ops::embedding(&table, &ids(device, &list, &[count])).unwrap();
+        let read = picked.to_vec::<f32>().unwrap();
+        for (k, row) in read.chunks(width).enumerate() {
+            let start = list[k] as usize * width;
+            assert_eq!(row, &values[start..start + width], "row {k}");
+        }
+        tape.backward_from(vec![(picked.clone(), Tensor::full(device, 1.0, picked.dims()).unwrap())])
+            .unwrap();
+        let gradient = tape.take_gradient(&table).unwrap().to_vec::<f32>().unwrap();
+        for (row, gradient) in gradient.chunks(width).enumerate() {
+            let times = list.iter().filter(|id| **id == row as i64).count();
+            assert_eq!(gradient, vec![times as f32; width], "row {row}");
+        }
+    });
+}
+
+/// The host does not see the indices there.
+#[test]
+fn indices_outside_give_nan_on_a_gpu_and_place_nothing() {
+    let Some(turn) = poisoned_cuda() else {
+        return skip_without("CUDA device", "indices outside");
+    };
+    for width in [3, 8] {
+        let x = Tensor::full(&turn.device, 1.0, &[1, 3, width]).unwrap();
+        let index = ids(&turn.device, &[2, 3, -1], &[1, 3]);
+        let picked = ops::gather_rows(&x, &index).unwrap().to_vec::<f32>().unwrap();
+        assert!(picked[..width].iter().all(|value| *value == 1.0));
+        assert!(picked[width..].iter().all(|value| value.is_nan()));
+        let placed = ops::scatter_rows(&x, &index, 3).unwrap().to_vec::<f32>().unwrap();
+        let expected: Vec<f32> =
+            (0..3 * width).map(|place| f32::from(u8::from(place / width == 2))).collect();
+        assert_eq!(placed, expected);
+    }
 }

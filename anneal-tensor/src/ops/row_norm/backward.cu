@@ -3,11 +3,11 @@
 //   dbranch = gate * dz,
 // and over the rows of each run the sums of gradient * n (for scale), gradient (for shift) and branch * dz (for gate).
 //
-// z, gradient, direct (that of z as an output, or null), z_gradient, branch, branch_gradient (both null if there is no
-// branch) [groups, rows, width], contiguous, of ELEMENT. A result may lie in the memory of `gradient` or `direct`: each thread reads its
+// z, gradient, direct (that of z as an output; if DIRECT), z_gradient, branch, branch_gradient (both if GATED)
+// [groups, rows, width], contiguous, of ELEMENT. A result may lie in the memory of `gradient` or `direct`: each thread reads its
 // elements of a row before it writes them. statistics [groups, rows] of (mean, rstd).
-// scale (may be null), gate: a row of `width` elements of VECTOR a group, `*_stride` elements apart (0: one row for all).
-// partial [groups, runs, SUMS, width] f32; SUMS is 3 with a branch, else 2.
+// scale (may be null), gate (if GATED): a row of `width` elements of VECTOR a group, `*_stride` elements apart (0: one row for all).
+// partial [groups, runs, 3 if GATED else 2, width] f32.
 // PACK elements are loaded together: width and strides are multiples of it, all pointers of its bytes.
 //
 // Geometry: a block of THREADS has a run of `run` rows of one group; grid: groups * runs. A thread has the same ITERATIONS packs
@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) normalize_backward
     i64 first = i64(group) * rows + skipped;
     float multiplier[ITERATIONS][PACK], gates[ITERATIONS][PACK];
     load_vector(multiplier, scale ? scale + group * scale_stride : nullptr, base, width);
-    load_vector(gates, branch ? gate + group * gate_stride : nullptr, 0.0f, width);
+    load_vector(gates, GATED ? gate + group * gate_stride : nullptr, 0.0f, width);
     float scale_sum[ITERATIONS][PACK] = {}, shift_sum[ITERATIONS][PACK] = {}, gate_sum[ITERATIONS][PACK] = {};
     float share = 1.0f / float(width);
 
@@ -133,8 +133,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) normalize_backward
             i64 start = (first + done + r) * width;
             load_row(g[r], gradient, start, width, present);
             load_row(values[r], z, start, width, present);
-            load_row(added[r], direct, start, width, present && direct);
-            load_row(gated[r], branch, start, width, present && branch);
+            load_row(added[r], direct, start, width, present && DIRECT);
+            load_row(gated[r], branch, start, width, present && GATED);
             found[r] = present ? statistics[first + done + r] : float2{0.0f, 0.0f};
         }
         float sums[VALUES] = {};
@@ -174,12 +174,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) normalize_backward
                 }
                 if (!inside(i, column, width)) continue;
                 store_held<PACK>(z_gradient + start + column, rounded<ELEMENT>(dz));
-                if (branch) store_held<PACK>(branch_gradient + start + column, rounded<ELEMENT>(branch_out));
+                if (GATED) store_held<PACK>(branch_gradient + start + column, rounded<ELEMENT>(branch_out));
             }
         }
     }
-    float *to = partial + i64(blockIdx.x) * (branch ? 3 : 2) * width;
+    float *to = partial + i64(blockIdx.x) * (GATED ? 3 : 2) * width;
     store_sums(to, scale_sum, width);
     store_sums(to + width, shift_sum, width);
-    if (branch) store_sums(to + 2 * width, gate_sum, width);
+    if (GATED) store_sums(to + 2 * width, gate_sum, width);
 }

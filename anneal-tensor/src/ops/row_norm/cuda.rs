@@ -90,7 +90,8 @@ impl Columns {
         Self { threads, iterations, rows }
     }
 
-    fn macros(&self, kind: Kind) -> Vec<(&'static str, String)> {
+    /// With a branch, and with a gradient of z as an output.
+    fn macros(&self, kind: Kind, gated: bool, direct: bool) -> Vec<(&'static str, String)> {
         // 12 warps a multiprocessor leave each thread 168 registers, which hold what it works on.
         let blocks = (384 / self.threads).max(1);
         kind.macros(&[
@@ -98,6 +99,8 @@ impl Columns {
             ("ITERATIONS", self.iterations),
             ("ROWS", self.rows),
             ("BLOCKS", blocks),
+            ("GATED", gated.into()),
+            ("DIRECT", direct.into()),
         ])
     }
 }
@@ -178,7 +181,11 @@ pub(super) fn backward(
     let columns = Columns::new(kind);
     let runs = Runs::new(job.blocks, columns.threads / 32, columns.rows);
     let partial = runs.partial_sums(job.z.device(), if branch.is_some() { 3 } else { 2 })?;
-    let kernel = cuda.kernel(&BACKWARD, "normalize_backward", &columns.macros(kind))?;
+    let kernel = cuda.kernel(
+        &BACKWARD,
+        "normalize_backward",
+        &columns.macros(kind, branch.is_some(), job.sum_gradient.is_some()),
+    )?;
     let mut arguments = Arguments::new();
     for tensor in [Some(job.z), Some(job.statistics), Some(job.gradient), job.sum_gradient] {
         arguments.push(address(tensor));
@@ -196,14 +203,23 @@ pub(super) fn backward(
 }
 
 pub(in crate::ops) fn variants() -> Vec<Variant> {
+    let (f32, bf16, f16) = (DType::F32, DType::BF16, DType::F16);
+    let kinds = [
+        (f32, f32, 1152, 4),
+        (f32, f32, 37, 1),
+        (bf16, bf16, 1152, 8),
+        (bf16, bf16, 384, 8),
+        (bf16, bf16, 9000, 8),
+        (f16, f32, 1152, 8),
+        (f16, f16, 37, 1),
+    ];
     let mut all = Vec::new();
-    let kinds = [(DType::F32, DType::F32), (DType::BF16, DType::BF16), (DType::F16, DType::F32)];
-    for (element, vector) in kinds {
-        for (width, pack) in [(1152, 16 / element.size()), (384, 4), (37, 1), (9000, 16 / element.size())] {
-            let kind = Kind { element, vector, pack, width };
-            all.push(Variant { source: FORWARD, macros: Team::new(kind).macros(kind) });
-            all.push(Variant { source: BACKWARD, macros: Columns::new(kind).macros(kind) });
-        }
+    for (element, vector, width, pack) in kinds {
+        let kind = Kind { element, vector, pack, width };
+        all.push(Variant { source: FORWARD, macros: Team::new(kind).macros(kind) });
+        let backward = |(gated, direct)| Columns::new(kind).macros(kind, gated, direct);
+        let forms = [(false, false), (true, false), (true, true)].map(backward);
+        all.extend(forms.map(|macros| Variant { source: BACKWARD, macros }));
     }
     all
 }

@@ -1,5 +1,5 @@
 use anneal_tensor::{DType, Device, Result, Tensor, ops};
-use anneal_testkit::{Array, check_op};
+use anneal_testkit::{Array, check_op, on_every_device};
 
 fn check(name: &str, x: Array, op: impl Fn(&Tensor) -> Result<Tensor>, f: impl Fn(f64) -> f64) {
     check_op(
@@ -67,14 +67,15 @@ fn the_exact_gelu_is_accurate_everywhere() {
 
 #[test]
 fn extremes_stay_finite_and_nan_stays_nan() {
-    let device = Device::cpu(Some(1), None);
-    let x = Tensor::from_slice(&device, &[-1e30f32, -20.0, 20.0, 1e30, f32::NAN], &[5]).unwrap();
-    let y = ops::gelu(&x, ops::Gelu::Exact).unwrap().to_vec::<f32>().unwrap();
-    assert_eq!(y[..4], [0.0, 0.0, 20.0, 1e30]);
-    assert!(y[4].is_nan());
-    let y = ops::clamp(&x, -1.0, 1.0).unwrap().to_vec::<f32>().unwrap();
-    assert_eq!(y[..4], [-1.0, -1.0, 1.0, 1.0]);
-    assert!(y[4].is_nan());
+    on_every_device("extremes of gelu and clamp", |device| {
+        let x = Tensor::from_slice(device, &[-1e30f32, -20.0, 20.0, 1e30, f32::NAN], &[5]).unwrap();
+        let y = ops::gelu(&x, ops::Gelu::Exact).unwrap().to_vec::<f32>().unwrap();
+        assert_eq!(y[..4], [0.0, 0.0, 20.0, 1e30]);
+        assert!(y[4].is_nan());
+        let y = ops::clamp(&x, -1.0, 1.0).unwrap().to_vec::<f32>().unwrap();
+        assert_eq!(y[..4], [-1.0, -1.0, 1.0, 1.0]);
+        assert!(y[4].is_nan());
+    });
 }
 
 #[test]

@@ -32,9 +32,9 @@ pub fn data(arguments: &BenchData) -> Result<()> {
     // In turns, so that the machine's moods meet both alike; the first round warms up.
     for round in 0..=arguments.batches {
         for (trainer, times) in [&mut own, &mut ready].into_iter().zip(&mut times) {
-            let outcome = trainer.step()?;
+            let outcomes = trainer.step()?;
             if round > 0 {
-                times.push(outcome.seconds);
+                times.extend(outcomes.iter().map(|outcome| outcome.seconds));
             }
         }
     }

@@ -1,43 +1,38 @@
 //! `bench`: speed and memory of what users run, on random data.
 //!
-//! Training steps are those of the trainer itself, over its own data pipeline. Figures are medians; for a claim,
+//! Training steps are those of the trainer itself, over its own data pipeline, and samples those of the
+//! pipeline that `sample` uses; on a GPU both are captured and replayed. Figures are medians; for a claim,
 //! compare side by side in one run (see benchmarks/README.md).
 
+mod cases;
+mod clock;
 mod data;
 mod model;
 mod ops;
+mod sampling;
 
 use std::process::ExitCode;
-use std::time::Instant;
 
+use anneal_device::Purpose;
+use anneal_device::cuda::ProfileRow;
+use anneal_tensor::Device;
 use anneal_train::report::summary::{self, Align, Table};
 use anyhow::Result;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::cli::{Bench, BenchWhat};
+use clock::Timed;
 
 pub fn bench(arguments: &Bench) -> Result<ExitCode> {
     match &arguments.what {
         BenchWhat::Op(arguments) => ops::ops(arguments)?,
         BenchWhat::Block(arguments) => model::block(arguments)?,
         BenchWhat::Step(arguments) => model::step(arguments)?,
-        BenchWhat::Sample(arguments) => model::sample(arguments)?,
+        BenchWhat::Forward(arguments) => model::forward(arguments)?,
+        BenchWhat::Sample(arguments) => sampling::sample(arguments)?,
         BenchWhat::Data(arguments) => data::data(arguments)?,
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Milliseconds of `count` runs after `warmup` others.
-fn time(warmup: usize, count: usize, mut run: impl FnMut() -> Result<()>) -> Result<Vec<f64>> {
-    let mut times = Vec::with_capacity(count);
-    for index in 0..warmup + count {
-        let start = Instant::now();
-        run()?;
-        if index >= warmup {
-            times.push(start.elapsed().as_secs_f64() * 1e3);
-        }
-    }
-    Ok(times)
 }
 
 fn median(values: &[f64]) -> f64 {
@@ -50,45 +45,122 @@ fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// One measured thing: what it was, its times, how many images a run covers, and further figures.
+/// What the device is: a GPU's name, or the handle.
+fn device_name(device: &Device) -> String {
+    match device {
+        Device::Cuda(cuda) => cuda.properties().name.clone(),
+        Device::Cpu(_) => device.to_string(),
+    }
+}
+
+/// One measured thing: what it was, where, its times, how many images a run covers, and further figures.
 struct Measured {
     what: String,
-    milliseconds: Vec<f64>,
+    device: Device,
+    timed: Timed,
     images: usize,
-    peak_bytes: usize,
-    extra: Value,
+    /// Operations of a run; multiply-adds count as two.
+    operations: f64,
+    extra: Map<String, Value>,
 }
 
 impl Measured {
     fn print(&self, as_json: bool) {
-        let median_ms = median(&self.milliseconds);
+        let milliseconds = &self.timed.milliseconds;
+        let median_ms = median(milliseconds);
         let images_per_second = self.images as f64 / median_ms * 1e3;
+        let memory = self.device.memory();
         if as_json {
             // One line, so that a script can take the last line that begins with a brace.
             let value = json!({
                 "what": self.what,
+                "device": self.device.to_string(),
+                "device_name": device_name(&self.device),
                 "median_ms": median_ms,
-                "step_ms": self.milliseconds,
+                "step_ms": milliseconds,
                 "images_per_second": images_per_second,
-                "peak_memory_bytes": self.peak_bytes,
-                "details": self.extra,
+                "peak_memory_bytes": memory.peak_total,
+                "reserved_memory_bytes": memory.reserved,
+                "first_step_seconds": self.timed.first_run_seconds,
+                "details": self.details(median_ms),
             });
             println!("{value}");
             return;
         }
-        let spread = |pick: fn(f64, f64) -> f64, start| self.milliseconds.iter().copied().fold(start, pick);
+        let spread = |pick: fn(f64, f64) -> f64, start| milliseconds.iter().copied().fold(start, pick);
         let mut table = Table::new([("measured", Align::Left), (&self.what, Align::Left)]);
+        table.row(["on".to_owned(), device_name(&self.device)]);
         table.row(["median".to_owned(), format!("{median_ms:.2} ms")]);
         let (low, high) = (spread(f64::min, f64::INFINITY), spread(f64::max, 0.0));
-        table.row([
-            "range".to_owned(),
-            format!("{low:.2} to {high:.2} ms over {} runs", self.milliseconds.len()),
-        ]);
+        table.row(["range".to_owned(), format!("{low:.2} to {high:.2} ms over {} runs", milliseconds.len())]);
         table.row(["images/s".to_owned(), format!("{images_per_second:.2}")]);
-        table.row(["peak memory".to_owned(), summary::bytes(self.peak_bytes as u64)]);
+        table.row(["peak memory".to_owned(), summary::bytes(memory.peak_total as u64)]);
+        table.row(["memory held".to_owned(), summary::bytes(memory.reserved as u64)]);
+        if let Some(seconds) = self.timed.first_run_seconds {
+            table.row(["from start to first".to_owned(), format!("{seconds:.2} s")]);
+        }
         print!("{table}");
-        for (name, value) in self.extra.as_object().into_iter().flatten() {
+        for (name, value) in self.details(median_ms) {
             println!("{name}: {value}");
         }
     }
+
+    fn details(&self, median_ms: f64) -> Map<String, Value> {
+        let memory = self.device.memory();
+        let purposes: Map<String, Value> = Purpose::ALL
+            .iter()
+            .zip(memory.peak)
+            .map(|(purpose, bytes)| (purpose.name().to_owned(), bytes.into()))
+            .collect();
+        let mut details = Map::new();
+        let mut add = |name: &str, value: Value| details.insert(name.to_owned(), value);
+        add("gflop_per_second", (self.operations / median_ms / 1e6).into());
+        add("gflop_per_run", (self.operations / 1e9).into());
+        add("peak_bytes_by_purpose", purposes.into());
+        add("allocator_misses", memory.cache_misses.into());
+        if matches!(self.device, Device::Cuda(_)) {
+            add("launches_per_run", self.timed.launches.into());
+            add("host_waits_per_run", self.timed.waits.into());
+        }
+        details.extend(self.extra.clone());
+        details
+    }
+}
+
+/// Prints where a GPU's time goes; the rows are sums over `runs`.
+fn print_profile(what: &str, device: &Device, rows: &[ProfileRow], runs: usize, as_json: bool) {
+    let runs = runs as f64;
+    let total: f64 = rows.iter().map(|row| row.milliseconds).sum::<f64>() / runs;
+    let figures = rows.iter().map(|row| {
+        let milliseconds = row.milliseconds / runs;
+        (row.name, milliseconds, milliseconds / total, row.count as f64 / runs)
+    });
+    if as_json {
+        let kernels: Vec<Value> = figures
+            .map(|(name, milliseconds, share, count)| {
+                json!({"name": name, "ms": milliseconds, "share": share, "count": count})
+            })
+            .collect();
+        println!(
+            "{}",
+            json!({"what": what, "device_name": device_name(device), "ms": total, "kernels": kernels})
+        );
+        return;
+    }
+    println!("{what}, on {}: {total:.2} ms by kernel, gaps included", device_name(device));
+    let mut table = Table::new([
+        ("kernel", Align::Left),
+        ("ms", Align::Right),
+        ("share", Align::Right),
+        ("count", Align::Right),
+    ]);
+    for (name, milliseconds, share, count) in figures {
+        table.row([
+            name.to_owned(),
+            format!("{milliseconds:.3}"),
+            format!("{:.1} %", share * 100.0),
+            format!("{count}"),
+        ]);
+    }
+    print!("{table}");
 }

@@ -1,5 +1,6 @@
 //! Training steps, one block, and model evaluations.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use anneal_data::npz::{self, Array, Values};
@@ -8,13 +9,16 @@ use anneal_models::{Conditioning, Denoiser};
 use anneal_nn::{Forward, ParamStore, ResidentStore, StoreOptions};
 use anneal_recipe::Recipe;
 use anneal_tensor::rng::{Purpose, Stream};
-use anneal_tensor::{DType, Device, Tape, Tensor, ops};
+use anneal_tensor::{Device, Tape, Tensor, ops};
+use anneal_train::settings;
 use anneal_train::trainer::Trainer;
 use anyhow::{Context, Result};
-use serde_json::json;
+use clap::ValueEnum;
+use serde_json::{Map, json};
 
-use super::{Measured, time};
-use crate::cli::{BenchModel, Precision};
+use super::clock::{self, Repeated};
+use super::{Measured, print_profile};
+use crate::cli::BenchModel;
 
 /// Multiply-adds of a matrix product count as two operations.
 const OPERATIONS: f64 = 2.0;
@@ -37,16 +41,23 @@ pub fn config(arguments: &BenchModel) -> Result<DitConfig> {
     Ok(config)
 }
 
-pub fn name(config: &DitConfig, batch: usize) -> String {
+/// What is measured, in words: the model, the batch and the precision.
+pub fn name(config: &DitConfig, arguments: &BenchModel) -> String {
     let DitConfig { hidden_size, depth, heads, patch_size, channels, image_size: [height, width], .. } =
         config;
+    let (batch, precision) = (arguments.batch, precision(arguments));
     format!(
-        "DiT {hidden_size}x{depth}, {heads} heads, patch {patch_size}, {channels}x{height}x{width}, batch {batch}"
+        "DiT {hidden_size}x{depth}, {heads} heads, patch {patch_size}, {channels}x{height}x{width}, batch {batch}, {precision}"
     )
 }
 
+fn precision(arguments: &BenchModel) -> String {
+    let value = arguments.precision.to_possible_value().expect("no precision is hidden");
+    value.get_name().to_owned()
+}
+
 /// Operations of one forward pass of one image: every linear layer, and attention.
-fn forward_operations(config: &DitConfig) -> f64 {
+pub fn forward_operations(config: &DitConfig) -> f64 {
     let [rows, columns] = config.grid();
     let (tokens, size) = ((rows * columns) as f64, config.hidden_size as f64);
     let block = tokens * size * (4.0 * size + 2.0 * config.mlp_hidden_size() as f64)
@@ -63,19 +74,24 @@ pub fn normals(seed: u64, count: usize) -> Vec<f32> {
     values
 }
 
-/// A recipe of this model over ready random tensors in `folder`.
-fn recipe(arguments: &BenchModel, config: &DitConfig, folder: &std::path::Path) -> Result<Recipe> {
+/// Random images and labels, twice the batch, as an npz.
+fn write_images(path: &Path, arguments: &BenchModel, config: &DitConfig) -> Result<()> {
     let [height, width] = config.image_size;
     let count = 2 * arguments.batch;
-    let path = folder.join("random.npz");
     let images = normals(1, count * height * width * config.channels);
     let labels = (0..count as i64).map(|index| index % config.classes as i64).collect();
     let images = Array::new([count, height, width, config.channels], Values::F32(images));
-    npz::write_npz(&path, &[("images", &images), ("labels", &Array::new([count], Values::I64(labels)))])?;
-    let precision = if arguments.precision == Precision::Bf16 { "bf16" } else { "fp32" };
+    npz::write_npz(path, &[("images", &images), ("labels", &Array::new([count], Values::I64(labels)))])?;
+    Ok(())
+}
+
+/// A recipe of this model over the images at `data`.
+pub fn recipe(arguments: &BenchModel, config: &DitConfig, data: &Path) -> Result<Recipe> {
+    let [height, width] = config.image_size;
     let recipe = json!({
         "name": "bench",
         "device": arguments.device,
+        "memory_limit": arguments.memory_limit.map(|limit| limit.bytes()),
         "model": {
             "hidden_size": config.hidden_size,
             "depth": config.depth,
@@ -87,9 +103,15 @@ fn recipe(arguments: &BenchModel, config: &DitConfig, folder: &std::path::Path) 
             "learn_sigma": config.learn_sigma,
             "checkpoint_activations": arguments.checkpoint_activations,
         },
-        "data": {"kind": "npz", "path": path, "workers": 1},
+        "data": {"kind": "npz", "path": data, "workers": 1},
         "ema": {"rates": [0.9999]},
-        "train": {"steps": 1_000_000, "batch": arguments.batch, "precision": precision},
+        "train": {
+            "steps": 1_000_000,
+            "batch": arguments.batch,
+            "precision": precision(arguments),
+            "deterministic": arguments.deterministic,
+            "capture_steps": !(arguments.eager || arguments.profile),
+        },
         "sample": {"every": 0},
     });
     // JSON is YAML.
@@ -99,49 +121,51 @@ fn recipe(arguments: &BenchModel, config: &DitConfig, folder: &std::path::Path) 
 pub fn step(arguments: &BenchModel) -> Result<()> {
     let config = config(arguments)?;
     let folder = tempfile::tempdir().context("no temporary folder for random data")?;
-    let mut trainer = Trainer::new(&recipe(arguments, &config, folder.path())?)?;
-    let milliseconds = time(arguments.warmup, arguments.steps, || {
+    let data = folder.path().join("random.npz");
+    write_images(&data, arguments, &config)?;
+    let mut trainer = Trainer::new(&recipe(arguments, &config, &data)?)?;
+    let device = trainer.device().clone();
+    let what = format!("training step, {}", name(&config, arguments));
+    let mut run = || {
         trainer.step()?;
         Ok(())
-    })?;
-    let memory = trainer.device().memory();
-    let operations = 3.0 * forward_operations(&config) * arguments.batch as f64;
-    let purposes: serde_json::Map<String, serde_json::Value> = anneal_device::Purpose::ALL
-        .iter()
-        .zip(memory.peak)
-        .map(|(purpose, bytes)| (purpose.name().to_owned(), bytes.into()))
-        .collect();
-    let gigaflops = operations / super::median(&milliseconds) / 1e6;
-    Measured {
-        what: format!("training step, {}", name(&config, arguments.batch)),
-        milliseconds,
-        images: arguments.batch,
-        peak_bytes: memory.peak_total,
-        extra: json!({
-            "gflop_per_second": gigaflops,
-            "gflop_per_step": operations / 1e9,
-            "peak_bytes_by_purpose": purposes,
-            "allocator_misses": memory.cache_misses,
-        }),
+    };
+    if arguments.profile {
+        let rows = clock::profile(&device, arguments.warmup.max(1), arguments.steps, run)?;
+        print_profile(&what, &device, &rows, arguments.steps, arguments.json);
+        return Ok(());
     }
-    .print(arguments.json);
+    let warmup = clock::capturing_warmup(&device, arguments.warmup);
+    let timed = clock::time(&device, warmup, arguments.steps, &mut run)?;
+    let losses: Vec<f64> = trainer.finish_steps()?.iter().map(|outcome| outcome.loss).collect();
+    for warning in trainer.take_warnings() {
+        eprintln!("warning: {warning}");
+    }
+    let mut extra = Map::new();
+    if let Some(loss) = losses.last() {
+        extra.insert("last_loss".into(), (*loss).into());
+    }
+    let operations = 3.0 * forward_operations(&config) * arguments.batch as f64;
+    Measured { what, device, timed, images: arguments.batch, operations, extra }.print(arguments.json);
     Ok(())
 }
 
-struct Evaluated {
-    model: Dit,
-    store: Arc<ResidentStore>,
+/// A model with weights of its own and one batch for it.
+pub struct Evaluated {
+    pub model: Arc<Dit>,
+    pub store: Arc<ResidentStore>,
     image: Tensor,
     timesteps: Vec<f32>,
     labels: Vec<i64>,
 }
 
 impl Evaluated {
-    fn new(arguments: &BenchModel, config: &DitConfig, train: bool) -> Result<Self> {
-        let device = Device::parse(&arguments.device, None)?;
+    pub fn new(arguments: &BenchModel, config: &DitConfig, train: bool) -> Result<Self> {
+        let recipe = recipe(arguments, config, Path::new("none"))?;
+        let device = settings::device(&recipe)?;
         let (model, parameters) = Dit::new(config)?;
-        let compute_dtype = if arguments.precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
-        let options = StoreOptions { compute_dtype, chunk_elements: 8 << 20, train };
+        let options =
+            StoreOptions { compute_dtype: settings::compute_dtype(&recipe), chunk_elements: 8 << 20, train };
         let store = Arc::new(ResidentStore::new(Arc::new(parameters), &device, options)?);
         store.initialise(0)?;
         let [channels, height, width] = model.image_shape();
@@ -149,58 +173,64 @@ impl Evaluated {
         let image = Tensor::from_slice(&device, &normals(2, sizes.iter().product()), &sizes)?;
         let timesteps = (0..arguments.batch).map(|row| (row * 997 % 1000) as f32).collect();
         let labels = (0..arguments.batch).map(|row| (row % config.classes) as i64).collect();
-        Ok(Self { model, store, image, timesteps, labels })
+        Ok(Self { model: Arc::new(model), store, image, timesteps, labels })
+    }
+
+    pub fn device(&self) -> &Device {
+        self.store.device()
     }
 
     fn run(&self, forward: &Forward) -> Result<Tensor> {
         let conditioning = Conditioning { labels: &self.labels };
         Ok(self.model.forward(forward, &self.image, &self.timesteps, &conditioning)?)
     }
+
+    /// Times or profiles `work`, whose operations are those of `passes` forward passes.
+    fn measure(
+        &self,
+        arguments: &BenchModel,
+        what: String,
+        passes: f64,
+        mut work: impl FnMut() -> Result<()>,
+    ) -> Result<()> {
+        let device = self.device().clone();
+        if arguments.profile {
+            let rows = clock::profile(&device, arguments.warmup.max(1), arguments.steps, work)?;
+            print_profile(&what, &device, &rows, arguments.steps, arguments.json);
+            return Ok(());
+        }
+        let mut repeated = Repeated::new(&device, arguments.eager);
+        let warmup = clock::capturing_warmup(&device, arguments.warmup);
+        let timed = clock::time(&device, warmup, arguments.steps, || repeated.run(&mut work))?;
+        let operations = passes * forward_operations(self.model.config()) * arguments.batch as f64;
+        let images = arguments.batch;
+        Measured { what, device, timed, images, operations, extra: Map::new() }.print(arguments.json);
+        Ok(())
+    }
 }
 
 pub fn block(arguments: &BenchModel) -> Result<()> {
     let config = DitConfig { depth: 1, ..config(arguments)? };
     let evaluated = Evaluated::new(arguments, &config, true)?;
-    let milliseconds = time(arguments.warmup, arguments.steps, || {
+    let what =
+        format!("forward and backward of one block with embedders and output, {}", name(&config, arguments));
+    evaluated.measure(arguments, what, 3.0, || {
         let tape = Tape::new();
         let forward = Forward::new(evaluated.store.clone()).recording(&tape);
         let output = evaluated.run(&forward)?;
         tape.backward(&ops::mean(&ops::square(&output)?, &[0, 1, 2, 3], false)?)?;
         evaluated.store.clear_gradients();
         Ok(())
-    })?;
-    Measured {
-        what: format!(
-            "forward and backward of one block with embedders and output, {}",
-            name(&config, arguments.batch)
-        ),
-        milliseconds,
-        images: arguments.batch,
-        peak_bytes: evaluated.store.device().memory().peak_total,
-        extra: json!({}),
-    }
-    .print(arguments.json);
-    Ok(())
+    })
 }
 
-pub fn sample(arguments: &BenchModel) -> Result<()> {
+pub fn forward(arguments: &BenchModel) -> Result<()> {
     let config = config(arguments)?;
     let evaluated = Evaluated::new(arguments, &config, false)?;
     let forward = Forward::new(evaluated.store.clone());
-    let milliseconds = time(arguments.warmup, arguments.steps, || {
+    let what = format!("one model evaluation, {}", name(&config, arguments));
+    evaluated.measure(arguments, what, 1.0, || {
         evaluated.run(&forward)?;
         Ok(())
-    })?;
-    Measured {
-        what: format!("one model evaluation, {}", name(&config, arguments.batch)),
-        images: arguments.batch,
-        peak_bytes: evaluated.store.device().memory().peak_total,
-        extra: json!({
-            "gflop_per_second":
-                forward_operations(&config) * arguments.batch as f64 / super::median(&milliseconds) / 1e6,
-        }),
-        milliseconds,
-    }
-    .print(arguments.json);
-    Ok(())
+    })
 }

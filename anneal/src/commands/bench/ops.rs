@@ -1,143 +1,171 @@
-//! The ops of a block, one by one, at a model's shapes.
+//! The ops of a training step, one by one, with their rates of arithmetic and of memory.
 
-use anneal_models::dit::DitConfig;
-use anneal_tensor::ops::{self, Activation, AttentionInput};
-use anneal_tensor::{DType, Device, Outputs, Result, Tape, Tensor};
-use anneal_train::report::summary::{Align, Table};
-use serde_json::json;
+use std::path::Path;
 
-use super::model::{config, name, normals};
-use super::{median, time};
-use crate::cli::{BenchModel, Precision};
+use anneal_tensor::{DType, Device, Tape, Tensor, ops};
+use anneal_train::report::summary::{self, Align, Table};
+use anneal_train::settings;
+use anyhow::{Result, bail};
+use serde_json::{Value, json};
 
-const EPSILON: f32 = 1e-6;
+use super::cases::{self, Case};
+use super::clock::time_op;
+use super::device_name;
+use super::model::{config, name, normals, recipe};
+use crate::cli::{BenchModel, BenchOp};
 
-type Run = Box<dyn Fn(&[Tensor]) -> Result<Outputs>>;
-
-/// An op with the shapes of its inputs and the multiply-adds of its forward.
-struct Case {
-    name: &'static str,
-    inputs: Vec<Vec<usize>>,
-    products: f64,
-    run: Run,
+/// What was measured of one op. Bytes are the least that must move: inputs and outputs once, and in
+/// backward the gradients of both.
+struct Figures {
+    forward_ms: f64,
+    backward_ms: Option<f64>,
+    forward_bytes: f64,
+    backward_bytes: f64,
 }
 
-pub fn ops(arguments: &BenchModel) -> anyhow::Result<()> {
-    let config = config(arguments)?;
-    let device = Device::parse(&arguments.device, None)?;
-    let dtype = if arguments.precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
+pub fn ops(arguments: &BenchOp) -> Result<()> {
+    let BenchOp { model, attention } = arguments;
+    let config = config(model)?;
+    let recipe = recipe(model, &config, Path::new("none"))?;
+    let (device, dtype) = (settings::device(&recipe)?, settings::compute_dtype(&recipe));
+    let cases = match attention.is_empty() {
+        true => cases::of_step(&config, &settings::objective(&recipe)?, model.batch),
+        false => attention.iter().map(|shape| Case::attention(&attention_name(shape), 1, *shape)).collect(),
+    };
     let mut table = Table::new([
         ("op", Align::Left),
+        ("in a step", Align::Right),
         ("forward ms", Align::Right),
         ("backward ms", Align::Right),
-        ("forward GFLOP/s", Align::Right),
-        ("backward GFLOP/s", Align::Right),
+        ("TFLOP/s", Align::Right),
+        ("backward", Align::Right),
+        ("GB/s", Align::Right),
+        ("backward", Align::Right),
     ]);
-    let mut rows = Vec::new();
-    for case in cases(&config, arguments.batch) {
-        let [forward, backward] = measure(&case, arguments, &device, dtype)?;
-        let rate = |times: f64, ms: f64| times * 2.0 * case.products / ms / 1e6;
-        let rates = [rate(1.0, forward), rate(2.0, backward)];
-        let shown = |rate: f64| if case.products == 0.0 { "-".to_owned() } else { format!("{rate:.0}") };
-        let times = [format!("{forward:.3}"), format!("{backward:.3}")];
-        table.row([
-            case.name.to_owned(),
-            times[0].clone(),
-            times[1].clone(),
-            shown(rates[0]),
-            shown(rates[1]),
-        ]);
-        rows.push(json!({"op": case.name, "forward_ms": forward, "backward_ms": backward}));
+    let (mut rows, mut failures) = (Vec::new(), 0);
+    for case in cases {
+        match measure(&case, model, &device, dtype) {
+            Ok(figures) => {
+                table.row(cells(&case, &figures));
+                rows.push(figures_json(&case, &figures));
+            }
+            // The others are still worth knowing.
+            Err(error) => {
+                eprintln!("{}: {error:#}", case.name);
+                rows.push(json!({"op": case.name, "error": format!("{error:#}")}));
+                failures += 1;
+            }
+        }
     }
-    if arguments.json {
-        println!("{}", json!({"what": name(&config, arguments.batch), "ops": rows}));
+    if model.json {
+        let what = name(&config, model);
+        println!("{}", json!({"what": what, "device_name": device_name(&device), "ops": rows}));
     } else {
-        println!("{}", name(&config, arguments.batch));
+        if attention.is_empty() {
+            println!("{}, on {}", name(&config, model), device_name(&device));
+        }
         print!("{table}");
+    }
+    if failures > 0 {
+        bail!("{failures} ops could not be measured");
     }
     Ok(())
 }
 
-fn measure(case: &Case, arguments: &BenchModel, device: &Device, dtype: DType) -> anyhow::Result<[f64; 2]> {
+fn attention_name([batch, heads, tokens, width]: &[usize; 4]) -> String {
+    format!("attention {batch},{heads},{tokens},{width}")
+}
+
+fn measure(case: &Case, arguments: &BenchModel, device: &Device, dtype: DType) -> Result<Figures> {
+    let dtype = if case.single { DType::F32 } else { dtype };
     let inputs = case
         .inputs
         .iter()
         .enumerate()
         .map(|(index, sizes)| {
             let values = normals(index as u64, sizes.iter().product());
-            ops::cast(&Tensor::from_slice(device, &values, sizes)?, dtype)
+            Ok(ops::cast(&Tensor::from_slice(device, &values, sizes)?, dtype)?)
         })
         .collect::<Result<Vec<Tensor>>>()?;
-    let forward = time(arguments.warmup, arguments.steps, || {
+    let (warmup, steps) = (arguments.warmup, arguments.steps);
+    let bytes = |tensors: &[Tensor]| -> f64 {
+        tensors.iter().map(|tensor| (tensor.elements() * tensor.dtype().size()) as f64).sum()
+    };
+    let (input_bytes, output_bytes) = (bytes(&inputs), bytes(&(case.run)(&inputs)?));
+    let forward_ms = time_op(device, warmup, steps, || {
         (case.run)(&inputs)?;
         Ok(())
     })?;
-    let whole = time(arguments.warmup, arguments.steps, || {
-        let tape = Tape::new();
-        let variables: Vec<Tensor> = inputs.iter().map(|input| tape.variable(input)).collect();
-        let outputs = (case.run)(&variables)?;
-        let seeds = outputs.iter().map(|output| (output.clone(), output.detach())).collect();
-        drop(outputs);
-        tape.backward_from(seeds)?;
-        Ok(())
-    })?;
-    let forward = median(&forward);
-    Ok([forward, (median(&whole) - forward).max(0.0)])
+    let both = || {
+        time_op(device, warmup, steps, || {
+            let tape = Tape::new();
+            let variables: Vec<Tensor> = inputs.iter().map(|input| tape.variable(input)).collect();
+            let outputs = (case.run)(&variables)?;
+            let seeds = outputs.iter().map(|output| (output.clone(), output.detach())).collect();
+            drop(outputs);
+            tape.backward_from(seeds)?;
+            Ok(())
+        })
+    };
+    let backward_ms = match case.differentiated {
+        true => Some((both()? - forward_ms).max(0.0)),
+        false => None,
+    };
+    Ok(Figures {
+        forward_ms,
+        backward_ms,
+        forward_bytes: input_bytes + output_bytes,
+        backward_bytes: 2.0 * input_bytes + output_bytes,
+    })
 }
 
-fn cases(config: &DitConfig, batch: usize) -> Vec<Case> {
-    let [rows, columns] = config.grid();
-    let (tokens, size, heads) = (rows * columns, config.hidden_size, config.heads);
-    let (hidden, head) = (config.mlp_hidden_size(), size / heads);
-    let x = vec![batch, tokens, size];
-    let vector = vec![batch, size];
-    let products = |outputs: usize, inner: usize| (batch * tokens * outputs) as f64 * inner as f64;
-    let linear = |name, outputs: usize| Case {
-        name,
-        inputs: vec![x.clone(), vec![outputs, size], vec![outputs]],
-        products: products(outputs, size),
-        run: Box::new(|t| {
-            Ok([ops::linear(&t[0], &t[1], Some(&t[2]), Activation::None)?].into_iter().collect())
-        }),
+impl Figures {
+    /// Operations and bytes a second: forward, then backward.
+    fn rates(&self, case: &Case) -> [Option<[f64; 2]>; 2] {
+        let rates = |operations: f64, bytes: f64, milliseconds: f64| {
+            [operations / milliseconds * 1e3, bytes / milliseconds * 1e3]
+        };
+        let operations = 2.0 * case.products;
+        [
+            Some(rates(operations, self.forward_bytes, self.forward_ms)),
+            self.backward_ms.filter(|milliseconds| *milliseconds > 0.0).map(|milliseconds| {
+                rates(operations * case.backward_products, self.backward_bytes, milliseconds)
+            }),
+        ]
+    }
+}
+
+fn cells(case: &Case, figures: &Figures) -> [String; 8] {
+    let [forward, backward] = figures.rates(case);
+    let none = || "-".to_owned();
+    let arithmetic = |rates: Option<[f64; 2]>| match rates {
+        Some([operations, _]) if operations > 0.0 => summary::number(operations / 1e12),
+        _ => none(),
     };
-    vec![
-        Case {
-            name: "layer_norm_modulate",
-            inputs: vec![x.clone(), vector.clone(), vector.clone()],
-            products: 0.0,
-            run: Box::new(|t| {
-                Ok([ops::layer_norm_modulate(&t[0], &t[1], &t[2], EPSILON)?].into_iter().collect())
-            }),
-        },
-        linear("linear qkv", 3 * size),
-        Case {
-            name: "attention",
-            inputs: vec![vec![batch, tokens, 3, heads, head]],
-            products: 2.0 * products(tokens, size),
-            run: Box::new(move |t| {
-                let scale = 1.0 / (head as f32).sqrt();
-                Ok([ops::attention(AttentionInput::Packed(&t[0]), None, None, scale)?].into_iter().collect())
-            }),
-        },
-        linear("linear proj", size),
-        Case {
-            name: "gate_residual_layer_norm_modulate",
-            inputs: vec![x.clone(), x.clone(), vector.clone(), vector.clone(), vector],
-            products: 0.0,
-            run: Box::new(|t| {
-                let (x, h) =
-                    ops::gate_residual_layer_norm_modulate(&t[0], &t[1], &t[2], &t[3], &t[4], EPSILON)?;
-                Ok([x, h].into_iter().collect())
-            }),
-        },
-        Case {
-            name: "feed_forward",
-            inputs: vec![x, vec![hidden, size], vec![hidden], vec![size, hidden], vec![size]],
-            products: 2.0 * products(hidden, size),
-            run: Box::new(|t| {
-                let y = ops::feed_forward(&t[0], &t[1], &t[2], &t[3], &t[4], Activation::GeluTanh)?;
-                Ok([y].into_iter().collect())
-            }),
-        },
+    let memory =
+        |rates: Option<[f64; 2]>| rates.map_or_else(none, |[_, bytes]| format!("{:.1}", bytes / 1e9));
+    [
+        case.name.clone(),
+        case.times.to_string(),
+        format!("{:.4}", figures.forward_ms),
+        figures.backward_ms.map_or_else(none, |milliseconds| format!("{milliseconds:.4}")),
+        arithmetic(forward),
+        arithmetic(backward),
+        memory(forward),
+        memory(backward),
     ]
+}
+
+fn figures_json(case: &Case, figures: &Figures) -> Value {
+    let [forward, backward] = figures.rates(case);
+    json!({
+        "op": case.name,
+        "times": case.times,
+        "forward_ms": figures.forward_ms,
+        "backward_ms": figures.backward_ms,
+        "forward_flop_per_second": forward.map(|rates| rates[0]),
+        "backward_flop_per_second": backward.map(|rates| rates[0]),
+        "forward_bytes_per_second": forward.map(|rates| rates[1]),
+        "backward_bytes_per_second": backward.map(|rates| rates[1]),
+    })
 }

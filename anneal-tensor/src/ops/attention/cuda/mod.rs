@@ -4,6 +4,9 @@
 //! with a head dim that is a multiple of 8 up to 128, and plain loops for everything else. All of
 //! them are deterministic and save the log-sum as a natural logarithm.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::OnceLock;
+
 use anneal_device::cuda::{Arguments, Launch, Source, Variant};
 use anneal_device::{CudaDevice, Purpose};
 
@@ -92,7 +95,7 @@ struct Parameters {
     bias_partial: *mut u8,
     sizes: [i32; 4],
     scale: f32,
-    /// Launches are compared byte by byte, which must not see what happens to lie between fields.
+    /// Named because launches are compared byte by byte.
     padding: u32,
 }
 
@@ -295,6 +298,17 @@ fn reduce_bias(
     let arguments = Arguments::new().with(parameters).with(gradient.address()).with(b as i32).with(h as i32);
     let launch = Launch::new([(sizes.queries * sizes.keys).div_ceil(256).min(1 << 20), h, b], 256);
     start(cuda, (&REDUCE, "attention_reduce_bias"), macros, launch, arguments)
+}
+
+/// Changes with the text of any kernel, so that what was measured with another text is measured again.
+pub(super) fn revision() -> u64 {
+    static REVISION: OnceLock<u64> = OnceLock::new();
+    *REVISION.get_or_init(|| {
+        let mut hasher = DefaultHasher::new();
+        let all = [FORWARD_MMA, FORWARD_WGMMA, BACKWARD_MMA, BACKWARD_WGMMA, REDUCE, GENERIC];
+        all.iter().for_each(|source| source.code.hash(&mut hasher));
+        hasher.finish()
+    })
 }
 
 /// Every family at head dims that reach all of its code.
