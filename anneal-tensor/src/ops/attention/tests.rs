@@ -140,52 +140,20 @@ impl Case {
     }
 
     /// Value and gradients against the formulas: in f32 with equal bits for 1, 2 and 3 threads, and on a
-    /// GPU in every dtype with equal bits for two runs.
+    /// GPU in every dtype.
     fn check_large(&self, name: &str, inputs: &[Array]) {
-        let bits = |run: &[Vec<f32>]| run.concat().into_iter().map(f32::to_bits).collect::<Vec<_>>();
         let upstream = Array::normal(9, &[self.batch, self.queries, self.heads, self.dim]);
         let runs =
             [1, 2, 3].map(|threads| self.evaluate(&poisoned_cpu(threads), inputs, &upstream, DType::F32));
-        self.compare(name, inputs, &upstream, DType::F32, &runs[0]);
-        assert!(
-            bits(&runs[0]) == bits(&runs[1]) && bits(&runs[0]) == bits(&runs[2]),
-            "{name}: threads differ"
-        );
-        for dtype in [DType::F32, DType::BF16, DType::F16] {
-            let Some(turn) = poisoned_cuda() else { return skip_without("CUDA device", name) };
-            let inputs: Vec<Array> = inputs.iter().map(|input| rounded(input, dtype)).collect();
-            let upstream = rounded(&upstream, dtype);
-            let runs = [0, 1].map(|_| self.evaluate(&turn.device, &inputs, &upstream, dtype));
-            self.compare(&format!("{name} on a GPU in {dtype}"), &inputs, &upstream, dtype, &runs[0]);
-            assert!(bits(&runs[0]) == bits(&runs[1]), "{name} on a GPU in {dtype}: two runs differ");
+        close(&format!("{name}: value"), &runs[0][0], &self.reference(inputs).output, Tolerance::OpValue);
+        for (index, gradient) in self.reference_gradients(inputs, &upstream).iter().enumerate() {
+            close(&format!("{name}: gradient {index}"), &runs[0][1 + index], gradient, Tolerance::OpGradient);
         }
+        let [one, two, three] = runs.map(|run| bits(&run));
+        assert!(one == two && one == three, "{name}: threads differ");
+        self.check_on_gpu(name, inputs);
     }
 
-    fn compare(&self, name: &str, inputs: &[Array], upstream: &Array, dtype: DType, run: &[Vec<f32>]) {
-        let [of_value, of_gradient] = match dtype {
-            DType::BF16 => [Tolerance::Bf16; 2],
-            DType::F16 => [Tolerance::F16; 2],
-            _ => [Tolerance::OpValue, Tolerance::OpGradient],
-        };
-        close(&format!("{name}: value"), &run[0], &self.reference(inputs).output, of_value);
-        let gradients = self.reference_gradients(inputs, upstream);
-        for (index, (gradient, got)) in gradients.iter().zip(&run[1..]).enumerate() {
-            close(&format!("{name}: gradient {index}"), got, gradient, of_gradient);
-        }
-    }
-}
-
-/// The values that a dtype can hold.
-fn rounded(array: &Array, dtype: DType) -> Array {
-    let round = |value: &f64| match dtype {
-        DType::BF16 => half::bf16::from_f64(*value).to_f64(),
-        DType::F16 => half::f16::from_f64(*value).to_f64(),
-        _ => *value,
-    };
-    Array::new(&array.dims, array.values.iter().map(round).collect())
-}
-
-impl Case {
     /// Value and gradients of every dtype on a GPU against the formulas, and equal bits twice.
     fn check_on_gpu(&self, name: &str, inputs: &[Array]) {
         let Some(turn) = poisoned_cuda() else {
@@ -196,28 +164,28 @@ impl Case {
             let mut expected = vec![self.reference(&inputs).output];
             let upstream = rounded(&Array::normal(9, &expected[0].dims), dtype);
             expected.extend(self.reference_gradients(&inputs, &upstream));
-            let of_dtype = |array: &Array| ops::cast(&tensor(&turn.device, array), dtype).unwrap();
-            let run = || {
-                let tape = Tape::new();
-                let variables: Vec<Tensor> =
-                    inputs.iter().map(|input| tape.variable(&of_dtype(input))).collect();
-                let output = self.run(&variables).unwrap().remove(0);
-                let value = output.detach();
-                tape.backward_from(vec![(output, of_dtype(&upstream))]).unwrap();
-                let gradients = variables.iter().map(|variable| tape.take_gradient(variable).unwrap());
-                let all = std::iter::once(value).chain(gradients);
-                all.map(|tensor| ops::cast(&tensor, DType::F32).unwrap().to_vec::<f32>().unwrap())
-                    .collect::<Vec<_>>()
-            };
-            let (got, again) = (run(), run());
+            let [got, again] = [0, 1].map(|_| self.evaluate(&turn.device, &inputs, &upstream, dtype));
             for (index, (got, expected)) in got.iter().zip(&expected).enumerate() {
                 let error = relative_error(got, expected);
                 assert!(error < bound, "{name} ({dtype}), {index}: {error:e}");
             }
-            let bits = |run: &[Vec<f32>]| run.concat().into_iter().map(f32::to_bits).collect::<Vec<_>>();
             assert!(bits(&got) == bits(&again), "{name} ({dtype}): two runs differ");
         }
     }
+}
+
+fn bits(run: &[Vec<f32>]) -> Vec<u32> {
+    run.concat().into_iter().map(f32::to_bits).collect()
+}
+
+/// The values that a dtype can hold.
+fn rounded(array: &Array, dtype: DType) -> Array {
+    let round = |value: &f64| match dtype {
+        DType::BF16 => half::bf16::from_f64(*value).to_f64(),
+        DType::F16 => half::f16::from_f64(*value).to_f64(),
+        _ => *value,
+    };
+    Array::new(&array.dims, array.values.iter().map(round).collect())
 }
 
 /// `|got - expected| / |expected|`; where nearly nothing is expected, the difference itself.
