@@ -58,7 +58,7 @@ template <int N, typename T> __device__ __forceinline__ void store_pack(T *to, c
 
 // N elements as they lie in memory, in whole registers: for kernels that hold many at once and convert each where it
 // is used, which single elements of 16 bits would take twice the registers for.
-template <int BYTES> struct WordOf { typedef u32 Type; };
+template <int BYTES_OF_WORD> struct WordOf { typedef u32 Type; };
 template <> struct WordOf<2> { typedef u16 Type; };
 
 template <typename T> __device__ __forceinline__ float half_of_word(u32 word, int half);

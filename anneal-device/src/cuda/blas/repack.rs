@@ -45,7 +45,15 @@ impl CudaDevice {
             let (a, _a) = self.aligned_copy(&product.a, product.rows, product.depth)?;
             let (b, _b) = self.aligned_copy(&product.b, product.depth, product.columns)?;
             let leading = rows.aligned().pitch / c.element.size();
-            let copies = Product { a, b, c: Output::new(output.as_ptr(), c.element, leading), ..*product };
+            let c_copy = Output::new(output.as_ptr(), c.element, leading);
+            let bias_bytes = product.columns * c.element.size();
+            let bias_copy =
+                product.bias.map(|_| self.allocate(bias_bytes, Purpose::Workspace)).transpose()?;
+            if let (Some(bias), Some(copy)) = (product.bias, &bias_copy) {
+                self.copy(bias, copy.as_ptr(), bias_bytes)?;
+            }
+            let bias = bias_copy.as_ref().map(|copy| copy.as_ptr().cast_const());
+            let copies = Product { a, b, c: c_copy, bias, ..*product };
             let taken = self.matmul_where_it_lies(&copies)?;
             if taken {
                 self.copy_rows(output.as_ptr(), rows.aligned(), c.pointer, rows)?;

@@ -1,5 +1,6 @@
 use anneal_tensor::ops::{self, Activation};
-use anneal_testkit::{Array, check_op};
+use anneal_tensor::{DType, Device, Tape, Tensor};
+use anneal_testkit::{Array, Tolerance, assert_close, check_op, on_every_device};
 
 use crate::linear::{activated, affine, map};
 
@@ -23,4 +24,47 @@ fn two_layers_and_the_activation_between() {
             },
         );
     }
+}
+
+/// The output without and with a recording, and the gradients of the five inputs, in f32. Inputs are rounded
+/// to `rounded` first.
+fn evaluate(device: &Device, dtype: DType, rounded: DType, activation: Activation) -> Vec<Vec<f32>> {
+    let sizes: [&[usize]; 6] = [&[300, 24], &[136, 24], &[136], &[16, 136], &[16], &[300, 16]];
+    let input = |(index, dims): (usize, &&[usize])| {
+        let values = Array::normal(index as u64, dims).values;
+        let values: Vec<f32> = values.iter().map(|value| 0.3 * *value as f32).collect();
+        let tensor = ops::cast(&Tensor::from_slice(device, &values, dims).unwrap(), rounded).unwrap();
+        ops::cast(&tensor, dtype).unwrap()
+    };
+    let inputs: Vec<Tensor> = sizes.iter().enumerate().map(input).collect();
+    let tape = Tape::new();
+    let t: Vec<Tensor> = inputs[..5].iter().map(|input| tape.variable(input)).collect();
+    let run = |t: &[Tensor]| ops::feed_forward(&t[0], &t[1], &t[2], &t[3], &t[4], activation).unwrap();
+    let (plain, y) = (run(&inputs), run(&t));
+    let mut results = vec![plain, y.detach()];
+    tape.backward_from(vec![(y, inputs[5].clone())]).unwrap();
+    results.extend(t.iter().map(|variable| tape.take_gradient(variable).unwrap()));
+    let values = |tensor: &Tensor| ops::cast(tensor, DType::F32).unwrap().to_vec().unwrap();
+    results.iter().map(values).collect()
+}
+
+/// Sizes with whole packs, several parts of each column's sum, and rows that the GPU library's GELU takes.
+#[test]
+fn wider_layers_agree_with_f32_on_one_thread() {
+    on_every_device("wide feed_forward", |device| {
+        for activation in [Activation::GeluTanh, Activation::Silu, Activation::None] {
+            for (dtype, tolerance) in [
+                (DType::F32, Tolerance::OpGradient),
+                (DType::BF16, Tolerance::Bf16),
+                (DType::F16, Tolerance::F16),
+            ] {
+                let expected = evaluate(&Device::cpu(Some(1), None), DType::F32, dtype, activation);
+                let got = evaluate(device, dtype, dtype, activation);
+                for (index, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                    let name = format!("{activation:?} in {dtype}, result {index} on {device}");
+                    assert_close(&name, got, expected, tolerance);
+                }
+            }
+        }
+    });
 }

@@ -53,7 +53,8 @@ pub(in crate::ops) fn affine(
         let plain = Product::new("matmul", shape, a, b.transposed(), output(target)?);
         let bias = bias.as_ref().map(|bias| bias.address().cast_const());
         // SAFETY: the shapes were checked by the op, and what is written is fresh memory.
-        Ok(unsafe { cuda.matmul(&Product { bias, epilogue, ..plain })? })
+        unsafe { cuda.matmul(&Product { bias, epilogue, ..plain })? };
+        Ok(())
     };
     if activation == Activation::None {
         return multiply(y, Epilogue::None);
@@ -88,7 +89,8 @@ pub(in crate::ops) fn input_gradient(
     let shape = (gradient.rows, weight.columns, gradient.columns);
     let ((a, _gradient), (b, _weight)) = (operand(gradient)?, operand(weight)?);
     // SAFETY: the shapes were checked in forward, and dx is fresh memory.
-    Ok(unsafe { cuda.matmul(&Product::new("matmul input gradient", shape, a, b, output(dx)?))? })
+    unsafe { cuda.matmul(&Product::new("matmul input gradient", shape, a, b, output(dx)?))? };
+    Ok(())
 }
 
 /// `dW (+)= g^T x` and `db (+)= sum of g over rows`, in f32.
@@ -134,7 +136,8 @@ fn weight_gradient(
     let ((a, _gradient), (b, _x)) = (operand(gradient)?, operand(x)?);
     let plain = Product::new("matmul weight gradient", shape, a.transposed(), b, c);
     // SAFETY: a sink or fresh memory of [outputs, inner], written here alone.
-    Ok(unsafe { cuda.matmul(&Product { accumulate: target.accumulate, epilogue, ..plain })? })
+    unsafe { cuda.matmul(&Product { accumulate: target.accumulate, epilogue, ..plain })? };
+    Ok(())
 }
 
 /// `y = act(x)`, both contiguous; y may be x.
@@ -177,7 +180,8 @@ pub(in crate::ops) fn recompute_backward(
         Arguments::new().with(gradient.address()).with(preactivation.address()).with(hidden.address());
     sum_by_parts(cuda, gradient, bias, |launch, sums| {
         // SAFETY: three matrices of one shape, and room for the sums.
-        Ok(unsafe { cuda.launch(kernel, launch, sums.after(operands))? })
+        unsafe { cuda.launch(kernel, launch, sums.after(operands))? };
+        Ok(())
     })
 }
 
@@ -188,7 +192,8 @@ fn column_sums(cuda: &CudaDevice, gradient: &Tensor, bias: &GradientTarget) -> R
     let operands = Arguments::new().with(gradient.address());
     sum_by_parts(cuda, &gradient, Some(bias), |launch, sums| {
         // SAFETY: a matrix, and room for the sums.
-        Ok(unsafe { cuda.launch(kernel, launch, sums.after(operands))? })
+        unsafe { cuda.launch(kernel, launch, sums.after(operands))? };
+        Ok(())
     })
 }
 

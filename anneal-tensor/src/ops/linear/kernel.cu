@@ -26,8 +26,9 @@ constexpr int COLUMNS = 128;
 constexpr int LANES = COLUMNS / PACK;
 constexpr int THREADS = 256;
 constexpr int ROWS = THREADS / LANES;
-// Rows of a thread whose loads are under way together.
+// Rows of a thread whose loads are under way together: 64 bytes of each thread in both kernels that sum.
 constexpr int AHEAD = 4;
+constexpr int PAIRS_AHEAD = 2;
 
 #if ACTIVATION == 1
 // Value and derivative share the tanh.
@@ -164,24 +165,24 @@ extern "C" __global__ void activation_backward(const T *g, const T *p, T *out, i
 }
 
 // h may be p.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 recompute_backward(T *g, const T *p, T *h, float *partials, i64 rows, i64 columns, i64 part_rows, int accumulate) {
     i64 column = i64(blockIdx.x) * COLUMNS + (threadIdx.x % LANES) * PACK;
     int valid = int(min(i64(PACK), max(i64(0), columns - column)));
     bool whole = columns % PACK == 0 && is_aligned<PACK>(g) && is_aligned<PACK>(p) && is_aligned<PACK>(h);
     i64 end = min(rows, (i64(blockIdx.y) + 1) * part_rows);
     float sums[PACK] = {};
-    for (i64 row = i64(blockIdx.y) * part_rows + threadIdx.x / LANES; valid > 0 && row < end; row += ROWS * AHEAD) {
-        Pack<T, PACK> gradients[AHEAD], arguments[AHEAD];
+    for (i64 row = i64(blockIdx.y) * part_rows + threadIdx.x / LANES; valid > 0 && row < end; row += ROWS * PAIRS_AHEAD) {
+        Pack<T, PACK> gradients[PAIRS_AHEAD], arguments[PAIRS_AHEAD];
 #pragma unroll
-        for (int k = 0; k < AHEAD; ++k) {
+        for (int k = 0; k < PAIRS_AHEAD; ++k) {
             i64 at = (row + k * ROWS) * columns + column;
             if (row + k * ROWS >= end) continue;
             gradients[k] = load_some(g + at, valid, whole);
             arguments[k] = load_some(p + at, valid, whole);
         }
 #pragma unroll
-        for (int k = 0; k < AHEAD; ++k) {
+        for (int k = 0; k < PAIRS_AHEAD; ++k) {
             i64 at = (row + k * ROWS) * columns + column;
             if (row + k * ROWS >= end) continue;
 #pragma unroll

@@ -1,4 +1,4 @@
-// Attention backward on tensor cores, deterministic: no atomics, every sum in a fixed order.
+// Attention backward by warps on tensor cores, deterministic: no races, every sum in a fixed order.
 //
 // FlashAttention-2 (arXiv 2307.08691), algorithm 2, with scores transposed: a block of threads keeps
 // `16 M_TILES WARPS` keys and walks over the queries by `QUERY_BLOCK`. A warp owns rows of keys, so
@@ -7,13 +7,13 @@
 // shared memory, and warps take rows of queries instead.
 //
 // With at most `16 M_TILES WARPS` keys (256 tokens of an image) one pass makes all gradients. With
-// more, a block of threads goes over its share of the keys and adds to `dq` in f32 in memory, which
-// each thread reads back as it wrote it; shares of several blocks are added by attention_reduce_queries.
+// more, a block of threads goes over its share of the keys and adds to `dq` in f32 in memory, where each
+// address belongs to one thread; shares of several blocks are added by attention_reduce_queries.
 //
 // attention_backward_mma(Arguments): reads all but the gradients; writes query_gradient (one part) or
 // query_partial[part] (several; also scratch of one part with several blocks of keys), key_gradient,
 // value_gradient and, where not null, bias_partial. Every element of them is written.
-//   grid   (parts, heads, batch); parts at most ceil(keys / (16 M_TILES WARPS))
+//   grid   (parts, heads, batch), such that each part gets one of the ceil(keys / (16 M_TILES WARPS)) blocks
 //   block  32 WARPS threads
 //   shared (2 * 16 M_TILES WARPS + 5 QUERY_BLOCK) * ROW_BYTES + DS_BUFFERS * 16 M_TILES WARPS *
 //          (2 QUERY_BLOCK + 16) + 16 QUERY_BLOCK bytes

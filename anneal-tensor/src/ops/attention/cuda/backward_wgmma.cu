@@ -3,15 +3,15 @@
 // FlashAttention-2 (arXiv 2307.08691), algorithm 2, with scores transposed. A warpgroup owns
 // 64 M_TILES keys and their gradients, which stay in registers; `p^T` and `ds^T` are left factors of
 // `dv` and `dk` as they come out of the softmax. `ds^T` also goes to shared memory, where it is the
-// left factor of `dq = ds k`, its columns leading. That product runs one block of queries late, under
-// the next block's scores; warpgroups share its columns.
+// left factor of `dq = ds k`, its columns leading. That product runs one block of queries late, so that all
+// threads meet once a block; warpgroups share its columns.
 //
 // attention_backward_wgmma(Arguments): as attention_backward_mma.
-//   grid   (parts, heads, batch); parts at most ceil(keys / (64 M_TILES GROUPS))
+//   grid   (parts, heads, batch), such that each part gets one of the ceil(keys / (64 M_TILES GROUPS)) blocks
 //   block  128 GROUPS threads
 //   shared 2 HEAD_DIM (2 K + 320) + 256 K + 2048, K = 64 M_TILES GROUPS, bytes
 // Macros beside those of common.cuh: GROUPS (warpgroups), M_TILES (of 64 keys a warpgroup),
-// SUB_QUERIES (32 or 64, walked at a time), MIN_BLOCKS.
+// SUB_QUERIES (32, or 64 for narrow heads: walked at a time), MIN_BLOCKS.
 
 constexpr int ZEROS_OFFSET = END_OFFSET;
 constexpr int SHARE = 8 / GROUPS;  // of a panel of `dq`, for each warpgroup, in eights of columns

@@ -1,4 +1,4 @@
-// Attention on CUDA, common part: element types, memory, matrix instructions, arguments.
+// Attention on CUDA, common part: element types, arguments, what is seen and added to scores.
 //
 // Text after the prelude of all kernels. The launcher (mod.rs) puts a kernel's texts together:
 //   common rows mma softmax forward_mma                attention_forward_mma
@@ -14,8 +14,8 @@
 //   ELEMENT_IS_BF16  1 or 0, for the names of instructions
 //   HAS_BIAS, BIAS   1 and the type of the bias and its gradient, or 0 and any type
 //
-// Letters: b images, h heads, n queries, m keys, d the head dim. A `tile` is a shared-memory
-// address of rows of one head, `ROW_BYTES` apart.
+// Letters: b images, h heads, n queries, m keys, d the head dim. A `tile` is the address in shared memory of
+// rows of one head.
 
 typedef ELEMENT element;
 typedef BIAS bias_element;
