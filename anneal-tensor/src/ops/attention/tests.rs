@@ -185,6 +185,52 @@ fn rounded(array: &Array, dtype: DType) -> Array {
     Array::new(&array.dims, array.values.iter().map(round).collect())
 }
 
+impl Case {
+    /// Value and gradients of every dtype on a GPU against the formulas, and equal bits twice.
+    fn check_on_gpu(&self, name: &str, inputs: &[Array]) {
+        let Some(turn) = poisoned_cuda() else {
+            return skip_without("CUDA device", name);
+        };
+        for (dtype, bound) in [(DType::F32, 1e-5), (DType::BF16, 1e-2), (DType::F16, 2e-3)] {
+            let inputs: Vec<Array> = inputs.iter().map(|input| rounded(input, dtype)).collect();
+            let mut expected = vec![self.reference(&inputs).output];
+            let upstream = rounded(&Array::normal(9, &expected[0].dims), dtype);
+            expected.extend(self.reference_gradients(&inputs, &upstream));
+            let of_dtype = |array: &Array| ops::cast(&tensor(&turn.device, array), dtype).unwrap();
+            let run = || {
+                let tape = Tape::new();
+                let variables: Vec<Tensor> =
+                    inputs.iter().map(|input| tape.variable(&of_dtype(input))).collect();
+                let output = self.run(&variables).unwrap().remove(0);
+                let value = output.detach();
+                tape.backward_from(vec![(output, of_dtype(&upstream))]).unwrap();
+                let gradients = variables.iter().map(|variable| tape.take_gradient(variable).unwrap());
+                let all = std::iter::once(value).chain(gradients);
+                all.map(|tensor| ops::cast(&tensor, DType::F32).unwrap().to_vec::<f32>().unwrap())
+                    .collect::<Vec<_>>()
+            };
+            let (got, again) = (run(), run());
+            for (index, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                let error = relative_error(got, expected);
+                assert!(error < bound, "{name} ({dtype}), {index}: {error:e}");
+            }
+            let bits = |run: &[Vec<f32>]| run.concat().into_iter().map(f32::to_bits).collect::<Vec<_>>();
+            assert!(bits(&got) == bits(&again), "{name} ({dtype}): two runs differ");
+        }
+    }
+}
+
+/// `|got - expected| / |expected|`; where nearly nothing is expected, the difference itself.
+fn relative_error(got: &[f32], expected: &Array) -> f64 {
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
+    let difference =
+        norm(&mut got.iter().zip(&expected.values).map(|(got, expected)| f64::from(*got) - expected));
+    match norm(&mut expected.values.iter().copied()) {
+        size if size > 1e-6 => difference / size,
+        _ => difference,
+    }
+}
+
 fn triples(a: usize, b: usize, c: usize) -> impl Iterator<Item = (usize, usize, usize)> {
     (0..a * b * c).map(move |index| (index / (b * c), index / c % b, index % c))
 }
@@ -293,14 +339,28 @@ fn few_heads_are_cut_along_the_queries() {
     case.check_large("one head, mask", &case.inputs());
 }
 
+/// Sizes that reach all kernels of a GPU: ragged ends, several blocks of keys and of queries, wide heads.
 #[test]
-fn head_dims_of_an_odd_number_of_eights_and_several_blocks_of_keys() {
-    for (queries, keys, dim) in [(70, 270, 72), (257, 40, 8), (33, 140, 104)] {
-        let case = Case { scale: 0.125, ..Case::new(2, queries, keys, 2, dim) };
-        case.check(&format!("attention {queries} x {keys} x {dim}"), &case.inputs());
+fn kernels_of_a_gpu_agree_with_the_formulas_and_with_themselves() {
+    let sizes = [
+        (70, 270, 72),
+        (256, 256, 72),
+        (257, 40, 8),
+        (33, 140, 104),
+        (65, 530, 64),
+        (30, 60, 33),
+        (1, 1, 72),
+    ];
+    for (queries, keys, dim) in sizes {
+        let case = Case { scale: -0.125, ..Case::new(2, queries, keys, 2, dim) };
+        let name = format!("{queries}x{keys}x{dim}");
+        case.check_on_gpu(&name, &case.inputs());
+        case.masked().check_on_gpu(&format!("{name}, mask"), &Case::new(2, queries, keys, 2, dim).inputs());
     }
-    let case = Case { scale: -0.125, ..Case::new(2, 65, 300, 2, 72) }.masked();
-    case.check("attention with a bias, several blocks of keys", &case.with_bias(1, 2));
+    for (batch, heads) in [(1, 1), (2, 1), (1, 2), (2, 2)] {
+        let case = Case { scale: 0.125, ..Case::new(2, 65, 300, 2, 72) }.masked();
+        case.check_on_gpu(&format!("bias {batch} {heads}"), &case.with_bias(batch, heads));
+    }
 }
 
 #[test]
