@@ -214,8 +214,7 @@ impl<'a> Run<'a> {
         let images_per_second = images as f64 / seconds.max(1e-9);
         let memory_bytes = self.trainer.device().memory().peak_total as u64;
         let scales_loss = self.trainer.optimizer().options().scale_loss;
-        let extra =
-            scales_loss.then(|| ("loss_scale".to_owned(), outcome.loss_scale.into())).into_iter().collect();
+        let extra = scales_loss.then(|| ("loss_scale".to_owned(), outcome.loss_scale)).into_iter().collect();
         self.metrics.write(&StepMetrics {
             step: outcome.step,
             time: unix_seconds(),

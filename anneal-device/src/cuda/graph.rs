@@ -170,7 +170,8 @@ impl CudaDevice {
                 Ok(buffer)
             }
             Mode::Capture(recording) => {
-                let buffer = self.slab().allocate(bytes.len(), purpose)?;
+                // Sent before the graph starts: no work inside may have used that memory before.
+                let buffer = self.slab().allocate_untouched(bytes.len(), purpose)?;
                 let handle = alias(buffer.pointer, bytes.len(), None);
                 recording.uploads.push(Upload { buffer, bytes: bytes.len(), values: bytes.to_vec() });
                 Ok(handle)

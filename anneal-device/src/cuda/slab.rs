@@ -134,6 +134,44 @@ impl Slab {
         Ok(Buffer { pointer, size, bytes, purpose, owner: Arc::new(Alone { slab: self.clone() }) })
     }
 
+    /// A block that nothing in the capture under way has used before: what is written there ahead of the captured
+    /// work is still there when that reads it.
+    pub(crate) fn allocate_untouched(
+        self: &Arc<Self>,
+        bytes: usize,
+        purpose: Purpose,
+    ) -> Result<Buffer, DeviceError> {
+        let size = bytes.max(1).next_multiple_of(ALIGNMENT);
+        let mut state = self.lock();
+        let mut touched = BTreeMap::new();
+        for &(offset, size) in state.noted.iter().flatten() {
+            insert_union(&mut touched, offset, size);
+        }
+        let (mut inside, mut outside) = (BTreeMap::new(), BTreeMap::new());
+        for (&offset, &len) in &state.free {
+            split_by(&touched, offset, len, &mut inside, &mut outside);
+        }
+        let best =
+            outside.iter().filter(|(_, len)| **len >= size).min_by_key(|(offset, len)| (**len, **offset));
+        let offset = match best {
+            Some((offset, _)) => *offset,
+            None => {
+                let end = state.mapped;
+                if !self.map(&mut state, size.max(GROWTH).next_multiple_of(self.granularity)) {
+                    return Err(self.out_of_memory(&state, size, purpose, "the device has no more"));
+                }
+                end
+            }
+        };
+        take_range(&mut state.free, offset, size);
+        state.statistics.take(purpose, size);
+        if let Some(noted) = &mut state.noted {
+            noted.push((offset, size));
+        }
+        drop(state);
+        Ok(Buffer { pointer: self.pointer(offset), size, bytes, purpose, owner: self.clone() })
+    }
+
     /// The address of an offset, as the pointer that buffers carry.
     pub(crate) fn pointer(&self, offset: usize) -> NonNull<u8> {
         NonNull::new((self.base as usize + offset) as *mut u8).expect("device addresses are not zero")
@@ -349,6 +387,19 @@ fn insert_joined(ranges: &mut BTreeMap<usize, usize>, offset: usize, len: usize)
     ranges.insert(start, end - start);
 }
 
+/// Takes a part out of the range that holds it.
+fn take_range(ranges: &mut BTreeMap<usize, usize>, offset: usize, len: usize) {
+    let (&start, &size) = ranges.range(..=offset).next_back().expect("the part lies in a range");
+    debug_assert!(start + size >= offset + len);
+    ranges.remove(&start);
+    if start < offset {
+        ranges.insert(start, offset - start);
+    }
+    if offset + len < start + size {
+        ranges.insert(offset + len, start + size - offset - len);
+    }
+}
+
 /// Adds a range that may overlap others.
 fn insert_union(ranges: &mut BTreeMap<usize, usize>, offset: usize, len: usize) {
     let (mut start, mut end) = (offset, offset + len);
@@ -394,6 +445,16 @@ fn split_by(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_part_is_taken_out_of_its_range() {
+        let mut ranges = BTreeMap::from([(0, 10), (20, 30)]);
+        take_range(&mut ranges, 25, 5);
+        assert_eq!(ranges, BTreeMap::from([(0, 10), (20, 5), (30, 20)]));
+        take_range(&mut ranges, 0, 10);
+        take_range(&mut ranges, 30, 20);
+        assert_eq!(ranges, BTreeMap::from([(20, 5)]));
+    }
 
     #[test]
     fn ranges_join_and_split() {

@@ -39,8 +39,7 @@ fn an_unknown_key_with_no_near_name_lists_the_known_ones() {
     let expected =
         "unknown key 'train.checkpoint.zebra' on the command line: 'train.checkpoint' knows every, keep_last";
     assert_eq!(refused("train.checkpoint.zebra=1"), expected);
-    let sections =
-        "a recipe knows name, seed, device, output, model, diffusion, data, optim, ema, train, sample";
+    let sections = "a recipe knows name, seed, device, memory_limit, output, model, diffusion, data, optim, ema, train, sample";
     assert_eq!(refused("zebra=1"), format!("unknown key 'zebra' on the command line: {sections}"));
     let flow = message(DIGITS, &["diffusion={kind: flow, target: v}"]);
     assert_eq!(flow, "unknown key 'diffusion.target' on the command line: 'diffusion' knows time, kind");
@@ -94,7 +93,7 @@ fn an_unknown_value_is_named_with_the_known_ones() {
     for (text, expected) in [
         (
             "train.precision=fp23",
-            "unknown value 'fp23' for 'train.precision' on the command line: did you mean 'fp32'? (known: fp32, bf16)",
+            "unknown value 'fp23' for 'train.precision' on the command line: did you mean 'fp32'? (known: fp32, tf32, bf16, fp16)",
         ),
         ("optim.kind=lion", "unknown value 'lion' for 'optim.kind' on the command line: known are adamw"),
         (
