@@ -23,7 +23,7 @@ impl Family {
     pub(super) fn of(properties: &Properties, tensors: &[&Tensor]) -> Self {
         let dim = tensors[0].size(3);
         let half = [DType::BF16, DType::F16].contains(&tensors[0].dtype());
-        if !half || dim % 8 != 0 || dim > 128 || !tensors.iter().all(|tensor| is_aligned(tensor)) {
+        if !half || !dim.is_multiple_of(8) || dim > 128 || !tensors.iter().all(|tensor| is_aligned(tensor)) {
             return Self::Plain;
         }
         match properties.compute {
@@ -37,7 +37,7 @@ impl Family {
 /// Rows that start at multiples of 16 bytes, at 32-bit offsets within a head.
 fn is_aligned(tensor: &Tensor) -> bool {
     let strides = (0..3).filter(|axis| tensor.size(*axis) > 1).map(|axis| tensor.strides()[axis]);
-    tensor.address().addr() % 16 == 0
+    tensor.address().addr().is_multiple_of(16)
         && strides.into_iter().all(|stride| stride % 8 == 0)
         && tensor.size(1) * tensor.strides()[1] < 1 << 31
 }
@@ -54,7 +54,7 @@ pub(super) struct Geometry {
 
 /// Bytes from row to row of the kernels of warps: an odd number of 16-byte chunks.
 fn row_bytes(dim: usize) -> usize {
-    (dim / 8 | 1) * 16
+    ((dim / 8) | 1) * 16
 }
 
 impl Geometry {

@@ -19,35 +19,29 @@ mod geometry;
 use geometry::{Family, Geometry};
 
 macro_rules! source {
-    ($name:literal, $($file:literal),+) => {
-        Source { name: concat!("attention/", $name), code: concat!($(include_str!($file)),+) }
+    ($name:literal, $($file:literal),+; $code:expr) => {
+        Source { name: concat!("attention/", $name), code: concat!($(include_str!($file)),+, $code) }
     };
 }
 
-const FORWARD_MMA: Source =
-    source!("forward_mma", "common.cuh", "rows.cuh", "mma.cuh", "softmax.cuh", "forward_mma.cu");
-const FORWARD_WGMMA: Source =
-    source!("forward_wgmma", "common.cuh", "rows.cuh", "wgmma.cuh", "softmax.cuh", "forward_wgmma.cu");
+const FORWARD_MMA: Source = source!("forward_mma", "common.cuh", "rows.cuh", "mma.cuh", "softmax.cuh"; include_str!("forward_mma.cu"));
+const FORWARD_WGMMA: Source = source!("forward_wgmma", "common.cuh", "rows.cuh", "wgmma.cuh", "softmax.cuh"; include_str!("forward_wgmma.cu"));
 const BACKWARD_MMA: Source = source!(
     "backward_mma",
     "common.cuh",
     "rows.cuh",
     "mma.cuh",
     "tiles_mma.cuh",
-    "gradient.cuh",
-    "backward_mma.cu"
-);
+    "gradient.cuh"; include_str!("backward_mma.cu"));
 const BACKWARD_WGMMA: Source = source!(
     "backward_wgmma",
     "common.cuh",
     "rows.cuh",
     "wgmma.cuh",
     "tiles_wgmma.cuh",
-    "gradient.cuh",
-    "backward_wgmma.cu"
-);
-const REDUCE: Source = source!("reduce", "common.cuh", "reduce.cu");
-const GENERIC: Source = source!("generic", "common.cuh", "generic.cu");
+    "gradient.cuh"; include_str!("backward_wgmma.cu"));
+const REDUCE: Source = source!("reduce", "common.cuh"; include_str!("reduce.cu"));
+const GENERIC: Source = source!("generic", "common.cuh"; include_str!("generic.cu"));
 
 /// `Rows` of common.cuh: strides in elements.
 #[derive(Clone, Copy)]
