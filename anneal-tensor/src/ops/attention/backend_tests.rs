@@ -23,6 +23,12 @@ const SHAPES: [Shape; 5] = [
     Shape { batch: 1, queries: 64, keys: 300, heads: 1, dim: 128 },
 ];
 
+/// The shapes that the installed cuDNN serves: up to 9.15 it wants a multiple of 128 keys.
+fn shapes() -> impl Iterator<Item = Shape> {
+    let any = dnn_version().is_some_and(|version| version >= 91_600);
+    SHAPES.into_iter().filter(move |shape| any || shape.keys.is_multiple_of(128))
+}
+
 /// Calls `test` with a GPU and its handle, if there is one and cuDNN too.
 fn with_cudnn(name: &str, test: impl Fn(&Device, &CudaDevice)) {
     let Some(turn) = poisoned_cuda() else { return skip_without("CUDA device", name) };
@@ -92,7 +98,7 @@ fn close(name: &str, got: &[Vec<f32>], expected: &[Vec<f32>], tolerance: Toleran
 fn backends_agree_and_one_goes_on_with_what_the_other_saved() {
     use AttentionBackend::{Dnn, Own};
     with_cudnn("attention by both backends", |device, cuda| {
-        for shape in SHAPES {
+        for shape in shapes() {
             for (dtype, tolerance) in [(DType::BF16, Tolerance::Bf16), (DType::F16, Tolerance::F16)] {
                 for packed in [false, true] {
                     if packed && shape.queries != shape.keys {
@@ -119,7 +125,7 @@ fn backends_agree_and_one_goes_on_with_what_the_other_saved() {
 fn cudnn_in_the_deterministic_mode_gives_equal_bits() {
     with_cudnn("deterministic attention by cuDNN", |device, cuda| {
         cuda.set_deterministic(true);
-        for shape in SHAPES {
+        for shape in shapes() {
             let inputs = shape.inputs(device, DType::BF16, false);
             let runs = [0, 1].map(|_| shape.run(device, cuda, &inputs, [AttentionBackend::Dnn; 2]));
             assert!(runs[0] == runs[1], "{shape:?}");
