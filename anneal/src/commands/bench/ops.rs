@@ -58,7 +58,7 @@ pub fn ops(arguments: &BenchOp) -> Result<()> {
         }
     }
     if model.json {
-        let what = name(&config, model);
+        let what = if attention.is_empty() { name(&config, model) } else { "attention".into() };
         println!("{}", json!({"what": what, "device_name": device_name(&device), "ops": rows}));
     } else {
         if attention.is_empty() {
