@@ -31,7 +31,6 @@ constexpr int AHEAD = 4;
 constexpr int PAIRS_AHEAD = 2;
 
 #if ACTIVATION == 1
-#ifdef PRECISE
 // Value and derivative share the tanh.
 __device__ __forceinline__ void value_and_derivative(float x, float &value, float &derivative) {
     float t = tanh_of(0.7978845608028654f * (x + 0.044715f * x * x * x));
@@ -39,17 +38,6 @@ __device__ __forceinline__ void value_and_derivative(float x, float &value, floa
     value = 0.5f * x * (1.0f + t);
     derivative = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * slope;
 }
-#else
-// The same by (1 + tanh(u)) / 2 = 1 / (1 + e^(-2u)): half the instructions, which would else outlast the memory, and
-// nothing cancels. Beyond 30 either way the quotient is 0 or 1, and the square of a larger number might overflow.
-__device__ __forceinline__ void value_and_derivative(float x, float &value, float &derivative) {
-    float near = fminf(fmaxf(x, -30.0f), 30.0f);
-    float square = near * near;
-    float s = __fdividef(1.0f, 1.0f + __expf(-near * (1.5957691216057308f + 0.07135481627159908f * square)));
-    value = x * s;
-    derivative = s + value * (1.0f - s) * (1.5957691216057308f + 0.21406444881479726f * square);
-}
-#endif
 #elif ACTIVATION == 2
 __device__ __forceinline__ void value_and_derivative(float x, float &value, float &derivative) {
     float s = sigmoid_of(x);
