@@ -24,10 +24,6 @@ impl TensorError {
         Self::Shape { op, message: message.into() }
     }
 
-    pub fn unsupported_device(op: &'static str) -> Self {
-        Self::DType { op, message: "not on this device yet".into() }
-    }
-
     pub fn unsupported_dtype(op: &'static str, dtype: DType) -> Self {
         Self::DType { op, message: format!("dtype {dtype} is not supported here") }
     }

@@ -7,6 +7,7 @@
 
 use std::ffi::{CStr, CString, c_char};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cudarc::nvrtc::sys;
 use sha2::{Digest, Sha256};
@@ -63,7 +64,7 @@ pub fn compile(source: &Source, macros: Macros, architecture: &str) -> Result<Ve
     }
     let cubin = compile_text(source.name, &text, &options, architecture)?;
     if let Some(path) = path {
-        write_cached(&path, &cubin);
+        write_cached(&path, &sealed(cubin.clone()));
     }
     Ok(cubin)
 }
@@ -147,17 +148,45 @@ fn cache_path(text: &str, options: &[String]) -> Option<PathBuf> {
     Some(cache_folder()?.join("kernels").join(format!("{name}.cubin")))
 }
 
-/// An ELF file, or nothing: a file that was cut off is compiled again.
+/// What [`sealed`] made, or nothing: a file that was cut off or damaged is made again.
 fn read_cached(path: &Path) -> Option<Vec<u8>> {
-    std::fs::read(path).ok().filter(|bytes| bytes.starts_with(b"\x7fELF"))
+    let mut bytes = std::fs::read(path).ok()?;
+    let seal = bytes.split_off(bytes.len().checked_sub(32)?);
+    (Sha256::digest(&bytes)[..] == seal[..]).then_some(bytes)
+}
+
+/// Bytes with their SHA-256 behind them.
+fn sealed(mut bytes: Vec<u8>) -> Vec<u8> {
+    let seal = Sha256::digest(&bytes);
+    bytes.extend_from_slice(&seal);
+    bytes
 }
 
 /// Best effort, by a rename so that no reader sees half a file.
 pub(crate) fn write_cached(path: &Path, bytes: &[u8]) {
     let Some(folder) = path.parent() else { return };
-    let temporary = path.with_extension(format!("{}.new", std::process::id()));
+    static WRITTEN: AtomicUsize = AtomicUsize::new(0);
+    let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
+    let temporary = path.with_extension(format!("{}-{number}.new", std::process::id()));
     let written = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&temporary, bytes));
     if written.and_then(|()| std::fs::rename(&temporary, path)).is_err() {
         let _ = std::fs::remove_file(&temporary);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_file_is_not_read() {
+        let path = std::env::temp_dir().join(format!("anneal-cache-test-{}", std::process::id()));
+        write_cached(&path, &sealed(vec![7; 100]));
+        assert_eq!(read_cached(&path), Some(vec![7; 100]));
+        for damaged in [&sealed(vec![7; 100])[..90], &[7; 132], &[]] {
+            write_cached(&path, damaged);
+            assert_eq!(read_cached(&path), None);
+        }
+        std::fs::remove_file(&path).unwrap();
     }
 }

@@ -58,6 +58,9 @@ fn no_cuda(reason: String) -> DeviceError {
     DeviceError::NoCuda { reason, searched: Libraries::load().searched_text() }
 }
 
+/// The driver of CUDA 12.8 is the first with all the calls that are made here.
+const OLDEST_DRIVER: c_int = 12_080;
+
 /// Starts the driver; the number of devices.
 ///
 /// # Errors
@@ -75,6 +78,14 @@ pub fn device_count() -> Result<usize, DeviceError> {
             return Err(no_cuda(format!("the driver does not start: {}", describe(started))));
         }
         check("cuDeviceGetCount", 0, sys::cuDeviceGetCount(&mut count))?;
+        let mut version = 0;
+        check("cuDriverGetVersion", 0, sys::cuDriverGetVersion(&mut version))?;
+        if version < OLDEST_DRIVER {
+            let (major, minor) = (version / 1000, version % 1000 / 10);
+            return Err(no_cuda(format!(
+                "the driver is of CUDA {major}.{minor}: 12.8 (release 570) or newer is needed"
+            )));
+        }
     }
     if count == 0 {
         return Err(no_cuda("the driver sees no device".into()));

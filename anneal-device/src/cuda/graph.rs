@@ -270,6 +270,10 @@ impl CudaDevice {
             let message = format!("{} launches instead of {}", cursor.launches, recording.launches.len());
             return Err(diverged(message).into());
         }
+        if cursor.uploads != recording.uploads.len() {
+            let message = format!("{} uploads instead of {}", cursor.uploads, recording.uploads.len());
+            return Err(diverged(message).into());
+        }
         self.start_graph(graph)?;
         Ok(value)
     }

@@ -53,6 +53,9 @@ use profile::Profile;
 use slab::Slab;
 use transfer::{Pinned, Staging};
 
+/// Ampere: the first with bf16 in its matrix units and asynchronous copies to shared memory.
+const OLDEST_COMPUTE: (usize, usize) = (8, 0);
+
 thread_local! {
     /// The context that this thread last made current.
     static CURRENT: Cell<usize> = const { Cell::new(0) };
@@ -80,9 +83,15 @@ unsafe impl Sync for CudaDevice {}
 
 impl CudaDevice {
     /// # Errors
-    /// If the driver, the device or NVRTC is missing.
+    /// If the driver or the device is missing or too old. Libraries are asked for when they are first needed.
     pub fn new(ordinal: usize, memory_limit: Option<usize>) -> Result<Self, DeviceError> {
         let properties = properties(ordinal)?;
+        if properties.compute < OLDEST_COMPUTE {
+            let (major, minor) = properties.compute;
+            let reason =
+                format!("{} has compute capability {major}.{minor}: 8.0 or newer is needed", properties.name);
+            return Err(DeviceError::NoCuda { reason, searched: Libraries::load().searched_text() });
+        }
         let (mut context, mut stream) = (std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: the driver has started and the device exists.
         unsafe {

@@ -20,6 +20,7 @@ use crate::DeviceError;
 use crate::memory::{Buffer, MemoryStatistics, Owner, Purpose};
 
 const ALIGNMENT: usize = 512;
+const LIMIT_REACHED: &str = "the memory limit is reached: raise --memory-limit";
 /// The slab grows by at least this much.
 const GROWTH: usize = 64 << 20;
 
@@ -53,9 +54,10 @@ pub(crate) struct Slab {
     ordinal: usize,
     context: sys::CUcontext,
     base: u64,
-    /// Size of the range of addresses, and the limit on the memory in use.
+    /// Size of the range of addresses.
     capacity: usize,
     granularity: usize,
+    /// On the memory behind the addresses.
     limit: Option<usize>,
     /// Every buffer on its own, for finding accesses out of bounds.
     separate: bool,
@@ -157,9 +159,7 @@ impl Slab {
             Some((offset, _)) => *offset,
             None => {
                 let end = state.mapped;
-                if !self.map(&mut state, size.max(GROWTH).next_multiple_of(self.granularity)) {
-                    return Err(self.out_of_memory(&state, size, purpose, "the device has no more"));
-                }
+                self.extend(&mut state, size, size, purpose)?;
                 end
             }
         };
@@ -179,12 +179,7 @@ impl Slab {
 
     fn find(&self, state: &mut State, size: usize, purpose: Purpose) -> Result<usize, DeviceError> {
         if self.limit.is_some_and(|limit| state.statistics.total() + size > limit) {
-            return Err(self.out_of_memory(
-                state,
-                size,
-                purpose,
-                "the memory limit is reached: raise --memory-limit",
-            ));
+            return Err(self.out_of_memory(state, size, purpose, LIMIT_REACHED));
         }
         let fits = |state: &State| {
             let best = state
@@ -212,19 +207,35 @@ impl Slab {
     fn grow(&self, state: &mut State, size: usize, purpose: Purpose) -> Result<(), DeviceError> {
         let tail = state.free.last_key_value().filter(|(offset, len)| *offset + *len == state.mapped);
         let missing = size - tail.map_or(0, |(_, len)| *len);
-        let exact = missing.next_multiple_of(self.granularity);
-        let room = self.capacity - state.mapped;
-        let wanted = missing.max(GROWTH).next_multiple_of(self.granularity).min(room.max(exact));
-        if exact > room || !(self.map(state, wanted) || self.map(state, exact)) {
-            state.statistics.cache_misses += 1;
-            return Err(self.out_of_memory(state, size, purpose, "the device has no more"));
-        }
+        self.extend(state, missing, size, purpose)
+    }
+
+    /// Puts at least `missing` bytes behind the end of the slab for a block of `size`, more if there are more.
+    fn extend(
+        &self,
+        state: &mut State,
+        missing: usize,
+        size: usize,
+        purpose: Purpose,
+    ) -> Result<(), DeviceError> {
         state.statistics.cache_misses += 1;
-        Ok(())
+        let rounded = |bytes: usize| bytes.next_multiple_of(self.granularity);
+        if self.map(state, rounded(missing.max(GROWTH))) || self.map(state, rounded(missing)) {
+            return Ok(());
+        }
+        let why = match self.limit.is_some_and(|limit| state.mapped + rounded(missing) > limit) {
+            true => LIMIT_REACHED,
+            false => "the device has no more",
+        };
+        Err(self.out_of_memory(state, size, purpose, why))
     }
 
     fn map(&self, state: &mut State, bytes: usize) -> bool {
-        if state.mapped + bytes > self.capacity {
+        // What captured steps keep, and gaps between blocks, count to the limit as well.
+        let most = self
+            .limit
+            .map_or(self.capacity, |limit| limit.next_multiple_of(self.granularity).min(self.capacity));
+        if state.mapped + bytes > most {
             return false;
         }
         let properties = allocation_properties(self.ordinal);
@@ -341,6 +352,7 @@ impl Drop for Slab {
         let state = self.state.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
         // SAFETY: no buffer is left, and the device waits for its work before memory goes.
         unsafe {
+            super::CURRENT.set(0);
             sys::cuCtxSetCurrent(self.context);
             sys::cuCtxSynchronize();
             if state.mapped > 0 {

@@ -144,20 +144,35 @@ impl Staging {
         }
         let start = if self.head + size > RING { 0 } else { self.head };
         let end = start + size;
-        while let Some((from, to, event)) = self.in_flight.front() {
-            let overlaps = *from < end && start < *to;
-            if !overlaps && !event.passed(ordinal)? {
-                break;
-            }
+        let parts = self.in_flight.iter().map(|(from, to, _)| (*from, *to));
+        if let Some(last) = last_overlap(parts, start, end) {
+            // The stream fetches in order: what came before the last of them has been fetched with it.
+            let (_, _, event) = &self.in_flight[last];
             if !event.passed(ordinal)? {
                 device.count_wait();
                 event.wait(ordinal)?;
+            }
+            self.in_flight.drain(..=last);
+        }
+        while let Some((_, _, event)) = self.in_flight.front() {
+            if !event.passed(ordinal)? {
+                break;
             }
             self.in_flight.pop_front();
         }
         self.head = end.next_multiple_of(ALIGNMENT);
         Ok(start)
     }
+}
+
+/// The last part that shares bytes with `start..end`. Not only the oldest one can: where the end of the ring was left
+/// unused, parts that lie there are older than those at its beginning.
+fn last_overlap(
+    parts: impl DoubleEndedIterator<Item = (usize, usize)> + ExactSizeIterator,
+    start: usize,
+    end: usize,
+) -> Option<usize> {
+    parts.enumerate().rev().find(|(_, (from, to))| *from < end && start < *to).map(|(index, _)| index)
 }
 
 /// Bytes on their way from the device; see [`CudaDevice::read_later`].
@@ -209,5 +224,19 @@ impl Drop for PendingRead {
             let _ = self.device.bind().and_then(|()| self.event.wait(self.device.ordinal()));
             self.device.give_pinned(memory);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::last_overlap;
+
+    #[test]
+    fn parts_behind_an_older_one_elsewhere_are_seen() {
+        let in_flight = [(27, 31), (0, 8), (8, 16), (16, 24), (24, 26)];
+        assert_eq!(last_overlap(in_flight.into_iter(), 0, 8), Some(1));
+        assert_eq!(last_overlap(in_flight.into_iter(), 26, 28), Some(0));
+        assert_eq!(last_overlap(in_flight.into_iter(), 7, 20), Some(3));
+        assert_eq!(last_overlap(in_flight.into_iter(), 31, 32), None);
     }
 }

@@ -7,10 +7,8 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
 
-use cudarc::driver::sys;
-
 use super::super::compiler::{cache_folder, write_cached};
-use super::super::driver::{Properties, check};
+use super::super::driver::Properties;
 use super::super::transfer::Event;
 use super::CudaDevice;
 use crate::DeviceError;
@@ -68,7 +66,8 @@ impl CudaDevice {
             _ => {
                 let all: Vec<usize> = (0..count).collect();
                 let times = self.time_each(&all, RUNS, &mut |way| run(way).is_ok())?;
-                let choice = fastest(&times).map_or(0, |(choice, _)| choice);
+                // Where every way failed, the caller meets the error; nothing is kept, for it may pass.
+                let Some((choice, _)) = fastest(&times) else { return Ok(0) };
                 if let Some(path) = path {
                     write_cached(&path, format!("choice {choice}\n").as_bytes());
                 }
@@ -125,11 +124,7 @@ impl CudaDevice {
         let median = |pairs: &Vec<(Event, Event)>| {
             let mut times = Vec::new();
             for (start, end) in pairs {
-                let mut milliseconds = 0.0;
-                // SAFETY: both events have passed.
-                let result = unsafe { sys::cuEventElapsedTime_v2(&mut milliseconds, start.0, end.0) };
-                check("cuEventElapsedTime", ordinal, result)?;
-                times.push(milliseconds);
+                times.push(end.milliseconds_since(ordinal, start)?);
             }
             times.sort_by(f32::total_cmp);
             Ok(times.get(times.len() / 2).copied())

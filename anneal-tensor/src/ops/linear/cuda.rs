@@ -75,7 +75,8 @@ pub(in crate::ops) fn affine(
     let name = format!("gelu-{}-{rows}x{outputs}x{inner}{word}", y.dtype());
     let mut run = |way| if way == 0 { fused() } else { in_two() };
     let way = cuda.choose(&name, 2, &mut run)?;
-    run(way)
+    // A view that starts elsewhere may be more than the fused form takes.
+    if way == 0 { fused().or_else(|_| in_two()) } else { in_two() }
 }
 
 /// `dx = g W`
@@ -117,10 +118,12 @@ pub(super) fn parameter_gradients(
     }
     let sums = bias.gradient.address();
     let fused = || weight_gradient(cuda, gradient, x, weight, Epilogue::RowSums { sums });
-    let name = format!("sums-{}-{}x{}", gradient.dtype(), x.elements(), gradient.elements());
+    let (outputs, inner) = (gradient.size(gradient.rank() - 1), x.size(x.rank() - 1));
+    let rows = gradient.elements() / outputs.max(1);
+    let name = format!("sums-{}-{rows}x{outputs}x{inner}", gradient.dtype());
     let mut run = |way| if way == 0 { in_two() } else { fused() };
     let way = cuda.choose(&name, 2, &mut run)?;
-    run(way)
+    if way == 1 { fused().or_else(|_| in_two()) } else { in_two() }
 }
 
 fn weight_gradient(
