@@ -5,7 +5,7 @@ pub enum DeviceError {
     OutOfMemory { device: String, bytes: usize, purpose: &'static str, in_use: usize, hint: String },
     #[error("unknown device '{name}': use 'cpu', 'cpu:THREADS', 'cuda' or 'cuda:INDEX'")]
     UnknownDevice { name: String },
-    #[error("no CUDA device can be used: {reason}\n{searched}")]
+    #[error("no CUDA device can be used: {reason}; {searched}")]
     NoCuda { reason: String, searched: String },
     #[error("{library} is not installed, which {what} needs: {hint}")]
     NoLibrary { library: &'static str, what: &'static str, hint: String },

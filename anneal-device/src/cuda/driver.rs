@@ -68,7 +68,10 @@ const OLDEST_DRIVER: c_int = 12_080;
 pub fn device_count() -> Result<usize, DeviceError> {
     let libraries = Libraries::load();
     if libraries.get(Library::Driver).is_none() {
-        return Err(no_cuda("NVIDIA's driver (libcuda) is not installed".into()));
+        // No Python package and no CUDA_HOME holds it, so where else was looked would mislead.
+        let reason = "NVIDIA's driver (libcuda) is not installed".into();
+        let searched = "install NVIDIA's driver, or leave the device at cpu".into();
+        return Err(DeviceError::NoCuda { reason, searched });
     }
     let mut count: c_int = 0;
     // SAFETY: the library is there.
