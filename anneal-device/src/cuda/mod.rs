@@ -1,9 +1,9 @@
 //! NVIDIA GPUs: one context, one stream and one slab of memory a device.
 //!
 //! Contract: all work of a device is sent to its one stream and so happens in the order of the
-//! calls; memory may be given back while work that uses it is still under way. Nothing here
-//! waits for the device but [`CudaDevice::read`] and [`CudaDevice::synchronize`], and an upload when
-//! the ring of pinned memory is full; each wait is counted.
+//! calls; memory may be given back while work that uses it is still under way. The host waits for the
+//! device where values are read, in [`CudaDevice::synchronize`], where candidates or a profile are timed, and in an
+//! upload when the ring of pinned memory is full; each wait is counted.
 //! This is the only place that touches the CUDA bindings.
 
 mod blas;

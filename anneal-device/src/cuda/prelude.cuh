@@ -1,7 +1,8 @@
 // What every kernel may use. Goes before each source; includes nothing.
 //
 // Element types are float, bf16 and f16; arithmetic is in float. Kernels are instantiated by macros
-// given at compile time (T for the element type, sizes), so that loops unroll and divisions vanish.
+// given at compile time (element types, sizes; none is named T, which NVRTC's own headers use), so that loops unroll
+// and divisions vanish.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
