@@ -115,6 +115,10 @@ template <int N, typename T> __device__ __forceinline__ void store_held(T *to, c
     *reinterpret_cast<Held<T, N> *>(to) = held;
 }
 
+__device__ __forceinline__ u32 shared_address(const void *pointer) {
+    return u32(__cvta_generic_to_shared(pointer));
+}
+
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);

@@ -57,9 +57,7 @@ __device__ __forceinline__ void end_query_gradients(QuerySums &c, const Argument
 __device__ __forceinline__ void store_ds(const u32 (&left)[4], const Place &at, u32 tile, int m, int first_chunk) {
     const int row = own_row(at.warp, m) + at.lane / 8 % 2 * 8 + at.lane % 8;
     const u32 address = tile + (first_chunk + at.lane / 16) * DS_CHUNK_BYTES + row * 16;
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(left[0]),
-                 "r"(left[1]), "r"(left[2]), "r"(left[3])
-                 : "memory");
+    store_matrices(address, left);
 }
 
 /// `dv += p^T do` or `dk += ds^T q`, started.

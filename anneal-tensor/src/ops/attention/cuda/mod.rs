@@ -25,7 +25,7 @@ macro_rules! source {
 }
 
 const FORWARD_MMA: Source = source!("forward_mma", "common.cuh", "rows.cuh", "mma.cuh", "softmax.cuh"; include_str!("forward_mma.cu"));
-const FORWARD_WGMMA: Source = source!("forward_wgmma", "common.cuh", "rows.cuh", "wgmma.cuh", "softmax.cuh"; include_str!("forward_wgmma.cu"));
+const FORWARD_WGMMA: Source = source!("forward_wgmma", "common.cuh", "rows.cuh", "../../hopper.cuh", "wgmma.cuh", "softmax.cuh"; include_str!("forward_wgmma.cu"));
 const BACKWARD_MMA: Source = source!(
     "backward_mma",
     "common.cuh",
@@ -37,7 +37,7 @@ const BACKWARD_WGMMA: Source = source!(
     "backward_wgmma",
     "common.cuh",
     "rows.cuh",
-    "wgmma.cuh",
+    "../../hopper.cuh", "wgmma.cuh",
     "tiles_wgmma.cuh",
     "gradient.cuh"; include_str!("backward_wgmma.cu"));
 const REDUCE: Source = source!("reduce", "common.cuh"; include_str!("reduce.cu"));

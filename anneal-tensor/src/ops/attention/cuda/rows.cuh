@@ -15,10 +15,6 @@ static_assert(sizeof(element) == 2, "tensor cores take bf16 or f16");
 /// This thread's warp, in a form that the compiler knows to be the same for all of it.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
-__device__ __forceinline__ u32 shared_address(const void *pointer) {
-    return u32(__cvta_generic_to_shared(pointer));
-}
-
 /// Copies 16 bytes, or writes zeros.
 __device__ __forceinline__ void copy_16(u32 to, const void *from, bool valid) {
     const int bytes = valid ? 16 : 0;
