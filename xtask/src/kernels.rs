@@ -14,8 +14,12 @@ pub const ARCHITECTURES: [&str; 4] = ["sm_80", "sm_86", "sm_89", "sm_90a"];
 /// # Errors
 /// If NVRTC is missing, or with the compiler's words on all kernels that do not compile.
 pub fn compile_all(architectures: &[String]) -> anyhow::Result<usize> {
-    let variants: Vec<Variant> =
-        [anneal_tensor::kernels::catalogue(), anneal_optim::kernel_variants()].concat();
+    let variants: Vec<Variant> = [
+        anneal_device::cuda::kernel_variants(),
+        anneal_tensor::kernels::catalogue(),
+        anneal_optim::kernel_variants(),
+    ]
+    .concat();
     let jobs: Vec<(&Variant, &String)> =
         variants.iter().flat_map(|variant| architectures.iter().map(move |name| (variant, name))).collect();
     let (next, failures) = (AtomicUsize::new(0), Mutex::new(Vec::new()));

@@ -17,6 +17,7 @@ mod links;
 mod profile;
 mod repeated;
 mod slab;
+mod tensor_map;
 mod transfer;
 mod versions;
 
@@ -27,7 +28,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use cudarc::driver::sys;
 
-pub use blas::{Epilogue, Operand, Output, Product};
+pub use blas::{Epilogue, Operand, Output, Product, variants as kernel_variants};
 pub use compiler::{Macros, Source, Variant, cache_folder, compile, version as compiler_version};
 pub use dnn::{
     AttentionBackend, AttentionElement, AttentionKey, AttentionPass, AttentionPlan, AttentionStrides,
@@ -40,6 +41,7 @@ pub use libraries::{Found, Libraries, Library};
 pub use links::{Link, free_memory, links};
 pub use profile::{Mark, ProfileRow};
 pub use repeated::RepeatedWork;
+pub use tensor_map::TensorMap;
 pub use transfer::PendingRead;
 pub use versions::{library_file, library_version};
 

@@ -34,31 +34,11 @@ template <> __device__ __forceinline__ f16 from_float<f16>(float value) {
     return result;
 }
 
-// N elements that are loaded and stored together; 16 bytes are the widest access.
-template <typename T, int N> struct alignas(sizeof(T) * N) Pack {
-    T at[N];
-};
-
 // Whether N elements may be loaded together from there: a view may start at any element.
 template <int N, typename T> __device__ __forceinline__ bool is_aligned(const T *pointer) {
     return reinterpret_cast<u64>(pointer) % (sizeof(T) * N) == 0;
 }
 
-template <int N, typename T> __device__ __forceinline__ void load_pack(float (&to)[N], const T *from) {
-    Pack<T, N> pack = *reinterpret_cast<const Pack<T, N> *>(from);
-#pragma unroll
-    for (int i = 0; i < N; ++i) to[i] = to_float(pack.at[i]);
-}
-
-template <int N, typename T> __device__ __forceinline__ void store_pack(T *to, const float (&from)[N]) {
-    Pack<T, N> pack;
-#pragma unroll
-    for (int i = 0; i < N; ++i) pack.at[i] = from_float<T>(from[i]);
-    *reinterpret_cast<Pack<T, N> *>(to) = pack;
-}
-
-// N elements as they lie in memory, in whole registers: for kernels that hold many at once and convert each where it
-// is used, which single elements of 16 bits would take twice the registers for.
 template <int BYTES_OF_WORD> struct WordOf { typedef u32 Type; };
 template <> struct WordOf<2> { typedef u16 Type; };
 
@@ -83,17 +63,51 @@ template <> __device__ __forceinline__ u32 word_of_pair<f16>(float low, float hi
     return word;
 }
 
-template <typename T, int N> struct alignas(sizeof(T) * N) Held {
+// N elements as they lie in memory, in whole registers: kernels hold many at once and convert each where it is used, which
+// single elements of 16 bits would take twice the registers for.
+template <typename T, int N> struct Held {
     typedef typename WordOf<sizeof(T) * N>::Type Word;
-    Word words[sizeof(T) * N / sizeof(Word)];
+    static constexpr int COUNT = sizeof(T) * N / sizeof(Word);
+    Word words[COUNT];
 
     __device__ __forceinline__ float operator[](int k) const {
         return half_of_word<T>(words[k * sizeof(T) / sizeof(Word)], k * sizeof(T) / 2 % 2);
     }
 };
 
+// By 16 bytes at most.
 template <int N, typename T> __device__ __forceinline__ Held<T, N> hold(const T *from) {
-    return *reinterpret_cast<const Held<T, N> *>(from);
+    Held<T, N> held;
+    constexpr int COUNT = Held<T, N>::COUNT;
+    if constexpr (COUNT % 4 == 0) {
+#pragma unroll
+        for (int k = 0; k < COUNT; k += 4) {
+            uint4 four = reinterpret_cast<const uint4 *>(from)[k / 4];
+            held.words[k] = four.x, held.words[k + 1] = four.y, held.words[k + 2] = four.z, held.words[k + 3] = four.w;
+        }
+    } else if constexpr (COUNT == 2) {
+        uint2 two = *reinterpret_cast<const uint2 *>(from);
+        held.words[0] = two.x, held.words[1] = two.y;
+    } else {
+        held.words[0] = *reinterpret_cast<const typename Held<T, N>::Word *>(from);
+    }
+    return held;
+}
+
+template <int N, typename T> __device__ __forceinline__ void store_held(T *to, const Held<T, N> &held) {
+    constexpr int COUNT = Held<T, N>::COUNT;
+    // In words: the compiler takes a wide store in a branch apart into four, which cost memory four times as much.
+    if constexpr (COUNT % 4 == 0) {
+#pragma unroll
+        for (int k = 0; k < COUNT; k += 4)
+            asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(reinterpret_cast<uint4 *>(to) + k / 4),
+                         "r"(held.words[k]), "r"(held.words[k + 1]), "r"(held.words[k + 2]), "r"(held.words[k + 3])
+                         : "memory");
+    } else if constexpr (COUNT == 2) {
+        asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(to), "r"(held.words[0]), "r"(held.words[1]) : "memory");
+    } else {
+        *reinterpret_cast<typename Held<T, N>::Word *>(to) = held.words[0];
+    }
 }
 
 // Numbers rounded to T.
@@ -111,12 +125,46 @@ template <typename T, int N> __device__ __forceinline__ Held<T, N> rounded(const
     return to;
 }
 
-template <int N, typename T> __device__ __forceinline__ void store_held(T *to, const Held<T, N> &held) {
-    *reinterpret_cast<Held<T, N> *>(to) = held;
+template <int N, typename T> __device__ __forceinline__ void load_pack(float (&to)[N], const T *from) {
+    Held<T, N> held = hold<N>(from);
+#pragma unroll
+    for (int k = 0; k < N; ++k) to[k] = held[k];
+}
+
+template <int N, typename T> __device__ __forceinline__ void store_pack(T *to, const float (&from)[N]) {
+    store_held<N>(to, rounded<T>(from));
 }
 
 __device__ __forceinline__ u32 shared_address(const void *pointer) {
     return u32(__cvta_generic_to_shared(pointer));
+}
+
+// Copies 16 bytes to shared memory without waiting, or writes zeros (sm_80 on).
+__device__ __forceinline__ void copy_16(u32 to, const void *from, bool valid) {
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING> __device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// 16 bytes of shared memory.
+__device__ __forceinline__ void load_chunk(u32 (&words)[4], u32 address) {
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// Stores 16 bytes to memory if `valid`, without a branch.
+__device__ __forceinline__ void store_16(void *to, const u32 (&words)[4], bool valid) {
+    asm volatile(
+        "{.reg .pred valid; setp.ne.b32 valid, %5, 0; @valid st.global.v4.b32 [%0], {%1,%2,%3,%4};}" ::"l"(to),
+        "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(int(valid))
+        : "memory");
 }
 
 __device__ __forceinline__ float warp_sum(float value) {

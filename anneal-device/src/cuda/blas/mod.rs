@@ -14,6 +14,7 @@
 
 mod choices;
 mod library;
+mod noise;
 mod plans;
 mod problem;
 mod repack;
@@ -23,6 +24,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use cudarc::cublaslt::sys;
+
+pub use self::noise::variants;
 
 use self::choices::Choices;
 use self::library::Handle;

@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
 use super::super::compiler::write_cached;
-use super::choices::{RUNS, fastest, parse, path};
+use super::choices::{fastest, parse, path};
 use super::library::{Algorithm, Description};
 use super::problem::Problem;
-use super::{CudaDevice, Engine, Product, WORKSPACE, version};
-use crate::{DeviceError, Purpose};
+use super::{CudaDevice, Engine, Operand, Product, WORKSPACE, version};
+use crate::{Buffer, DeviceError, Purpose};
 
 /// Algorithms that the library is asked for.
 const CANDIDATES: usize = 32;
@@ -79,8 +79,9 @@ impl Plan {
         Ok(proposed.map(|algorithm| Self { description, algorithm, settled: deterministic }))
     }
 
-    /// Takes the fastest of the candidates, run on the product's own operands. C, which the product is about
-    /// to overwrite, is written on the way; where it is added to, other memory stands in for it.
+    /// Takes the fastest of the candidates, run on noise: the operands of a first step may be zeros, on which a GPU needs
+    /// so little power that other candidates win. Where memory lacks for that, they are run on the operands. C, which
+    /// the product is about to overwrite, is written on the way; where it is added to, other memory stands in for it.
     ///
     /// # Safety
     /// As [`CudaDevice::matmul`].
@@ -99,6 +100,13 @@ impl Plan {
             other => other.transpose()?,
         };
         let c = scratch.as_ref().map_or(product.c.pointer, |scratch| scratch.as_ptr());
+        let a = device.noise_like(&product.a, product.rows, product.depth)?;
+        let b = device.noise_like(&product.b, product.depth, product.columns)?;
+        let standing_in = |operand: Operand, memory: &Option<Buffer>| {
+            let pointer = memory.as_ref().map_or(operand.pointer, |memory| memory.as_ptr().cast_const());
+            Operand { pointer, ..operand }
+        };
+        let product = &Product { a: standing_in(product.a, &a), b: standing_in(product.b, &b), ..*product };
         let candidates = self.description.algorithms(&engine.handle, problem, WORKSPACE, CANDIDATES)?;
         let workspace = (engine.workspace.as_ptr(), WORKSPACE);
         let description = &self.description;
@@ -147,7 +155,7 @@ fn quickest(
         times.iter().zip(looked_at).filter_map(|(time, index)| Some(((*time)?, index))).collect();
     order.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
     let finalists: Vec<usize> = order.iter().take(FINALISTS).map(|(_, index)| *index).collect();
-    let times = device.time_each(&finalists, RUNS, run)?;
+    let times = device.time_as_in_a_step(&finalists, run)?;
     Ok(fastest(&times).map(|(place, _)| finalists[place]))
 }
 

@@ -111,15 +111,24 @@ impl FeedForward {
         gradient: &Tensor,
     ) -> Result<(Tensor, Option<usize>)> {
         let preactivation = pass.take_saved(3)?;
-        let inner = input_gradient(gradient, &pass.saved(2)?, preactivation.dims())?;
+        let weight = pass.saved(2)?;
         if self.activation == Activation::None {
+            let inner = input_gradient(gradient, &weight, preactivation.dims())?;
             parameter_gradients(pass, gradient, &preactivation, SECOND)?;
             return Ok((inner, Some(2)));
         }
         let outputs = preactivation.size(preactivation.rank() - 1);
-        let bias = GradientTarget::new(pass, 2, inner.device(), &[outputs])?;
+        let bias = GradientTarget::new(pass, 2, gradient.device(), &[outputs])?;
         let hidden = reuse(&preactivation)?;
-        cuda::recompute_backward(device, self.activation, &inner, &preactivation, &hidden, bias.as_ref())?;
+        let inner = cuda::activation_input_gradient(
+            device,
+            self.activation,
+            gradient,
+            &weight,
+            &preactivation,
+            &hidden,
+            bias.as_ref(),
+        )?;
         drop(preactivation);
         if let Some(bias) = bias {
             bias.give(pass, inner.dtype())?;

@@ -27,9 +27,16 @@ fn two_layers_and_the_activation_between() {
 }
 
 /// The output without and with a recording, and the gradients of the five inputs, in f32. Inputs are rounded
-/// to `rounded` first.
-fn evaluate(device: &Device, dtype: DType, rounded: DType, activation: Activation) -> Vec<Vec<f32>> {
-    let sizes: [&[usize]; 6] = [&[300, 24], &[136, 24], &[136], &[16, 136], &[16], &[300, 16]];
+/// to `rounded` first. Sizes are rows, width, hidden width and outputs.
+fn evaluate(
+    device: &Device,
+    dtype: DType,
+    rounded: DType,
+    activation: Activation,
+    [rows, width, hidden, outputs]: [usize; 4],
+) -> Vec<Vec<f32>> {
+    let sizes: [&[usize]; 6] =
+        [&[rows, width], &[hidden, width], &[hidden], &[outputs, hidden], &[outputs], &[rows, outputs]];
     let input = |(index, dims): (usize, &&[usize])| {
         let values = Array::normal(index as u64, dims).values;
         let values: Vec<f32> = values.iter().map(|value| 0.3 * *value as f32).collect();
@@ -48,23 +55,40 @@ fn evaluate(device: &Device, dtype: DType, rounded: DType, activation: Activatio
     results.iter().map(values).collect()
 }
 
-/// Sizes with whole packs, several parts of each column's sum, and rows that the GPU library's GELU takes.
+/// Sizes with whole packs, several parts of each column's sum, ragged tiles, and rows that the GPU library's GELU takes; on a
+/// GPU every way that it has for them.
 #[test]
 fn wider_layers_agree_with_f32_on_one_thread() {
     on_every_device("wide feed_forward", |device| {
-        for activation in [Activation::GeluTanh, Activation::Silu, Activation::None] {
-            for (dtype, tolerance) in [
-                (DType::F32, Tolerance::OpGradient),
-                (DType::BF16, Tolerance::Bf16),
-                (DType::F16, Tolerance::F16),
-            ] {
-                let expected = evaluate(&Device::cpu(Some(1), None), DType::F32, dtype, activation);
-                let got = evaluate(device, dtype, dtype, activation);
-                for (index, (got, expected)) in got.iter().zip(&expected).enumerate() {
-                    let name = format!("{activation:?} in {dtype}, result {index} on {device}");
-                    assert_close(&name, got, expected, tolerance);
+        let ways = if matches!(device, Device::Cuda(_)) { 3 } else { 1 };
+        for sizes in [[300, 24, 136, 16], [700, 72, 520, 200]] {
+            for way in 0..ways {
+                if let Device::Cuda(cuda) = device {
+                    cuda.prefer_way(Some(way));
                 }
+                all_activations_agree(device, sizes, way);
             }
         }
+        if let Device::Cuda(cuda) = device {
+            cuda.prefer_way(None);
+        }
     });
+}
+
+fn all_activations_agree(device: &Device, sizes: [usize; 4], way: usize) {
+    for activation in [Activation::GeluTanh, Activation::Silu, Activation::None] {
+        for (dtype, tolerance) in [
+            (DType::F32, Tolerance::OpGradient),
+            (DType::BF16, Tolerance::Bf16),
+            (DType::F16, Tolerance::F16),
+        ] {
+            let expected = evaluate(&Device::cpu(Some(1), None), DType::F32, dtype, activation, sizes);
+            let got = evaluate(device, dtype, dtype, activation, sizes);
+            for (index, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                let name =
+                    format!("{activation:?} in {dtype}, way {way}, {sizes:?}, result {index} on {device}");
+                assert_close(&name, got, expected, tolerance);
+            }
+        }
+    }
 }

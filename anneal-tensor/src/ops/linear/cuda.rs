@@ -3,6 +3,7 @@ use anneal_device::{CudaDevice, Purpose};
 
 use super::super::gradient_target::GradientTarget;
 use super::Activation;
+use super::hopper;
 use super::matrix::{MatrixView, element_of};
 use crate::kernels::{blocks_to_fill, element};
 use crate::{DType, Result, Tensor};
@@ -17,7 +18,7 @@ const ROW_STEP: usize = 64;
 const LEAST_ROWS: usize = 128;
 const MOST_PARTS: usize = 256;
 
-fn macros(dtype: DType, activation: Activation) -> Vec<(&'static str, String)> {
+pub(super) fn macros(dtype: DType, activation: Activation) -> Vec<(&'static str, String)> {
     let number = match activation {
         Activation::None => 0,
         Activation::GeluTanh => 1,
@@ -32,7 +33,9 @@ pub(in crate::ops) fn variants() -> Vec<Variant> {
     let floats = [DType::F32, DType::BF16, DType::F16];
     let all = [Activation::None, Activation::GeluTanh, Activation::Silu];
     let pairs = floats.into_iter().flat_map(|dtype| all.map(|activation| (dtype, activation)));
-    pairs.map(|(dtype, activation)| Variant { source: SOURCE, macros: macros(dtype, activation) }).collect()
+    let plain =
+        pairs.map(|(dtype, activation)| Variant { source: SOURCE, macros: macros(dtype, activation) });
+    plain.chain(hopper::variants()).collect()
 }
 
 /// `y = act(x W^T + b)`, and `x W^T + b` itself into `preactivation` if given and there is an activation.
@@ -45,9 +48,12 @@ pub(in crate::ops) fn affine(
     preactivation: Option<&Tensor>,
     y: &Tensor,
 ) -> Result<()> {
+    let bias = bias.map(Tensor::contiguous).transpose()?;
+    let matrices = [x, weight, y].into_iter().chain(bias.as_ref()).chain(preactivation).collect::<Vec<_>>();
+    let ours = hopper::takes(cuda, activation, &matrices);
+    let own = || hopper::activated(cuda, activation, x, weight, bias.as_ref(), preactivation, y);
     let (x, weight) = (MatrixView::of_rows(x)?, MatrixView::of_weight(weight)?);
     let shape @ (rows, outputs, inner) = (x.rows, weight.rows, x.columns);
-    let bias = bias.map(Tensor::contiguous).transpose()?;
     let ((a, _x), (b, _weight)) = (operand(x)?, operand(weight)?);
     let multiply = |target: &Tensor, epilogue: Epilogue| -> Result<()> {
         let plain = Product::new("matmul", shape, a, b.transposed(), output(target)?);
@@ -73,10 +79,17 @@ pub(in crate::ops) fn affine(
     let words = ["", "-bias", "-kept", "-bias-kept"];
     let word = words[usize::from(bias.is_some()) + 2 * usize::from(kept.is_some())];
     let name = format!("gelu-{}-{rows}x{outputs}x{inner}{word}", y.dtype());
-    let mut run = |way| if way == 0 { fused() } else { in_two() };
-    let way = cuda.choose(&name, 2, &mut run)?;
-    // A view that starts elsewhere may be more than the fused form takes.
-    if way == 0 { fused().or_else(|_| in_two()) } else { in_two() }
+    let mut run = |way| match way {
+        0 => fused(),
+        1 => in_two(),
+        _ => own(),
+    };
+    match cuda.choose(&name, if ours { 3 } else { 2 }, &mut run)? {
+        // A view that starts elsewhere may be more than the fused form takes.
+        0 => fused().or_else(|_| in_two()),
+        1 => in_two(),
+        _ => own(),
+    }
 }
 
 /// `dx = g W`
@@ -170,7 +183,7 @@ pub(super) fn activation_backward(
 
 /// `g *= act'(preactivation)` in place, `hidden = act(preactivation)`, and the sum of the new g over rows
 /// into `bias`; all contiguous, and hidden may be the pre-activation.
-pub(in crate::ops) fn recompute_backward(
+fn recompute_backward(
     cuda: &CudaDevice,
     activation: Activation,
     gradient: &Tensor,
@@ -186,6 +199,44 @@ pub(in crate::ops) fn recompute_backward(
         unsafe { cuda.launch(kernel, launch, sums.after(operands))? };
         Ok(())
     })
+}
+
+/// `(g W) act'(preactivation)`, `hidden = act(preactivation)`, and the sums of the result over rows into `bias`. All
+/// contiguous but the weight; hidden may be the pre-activation.
+pub(in crate::ops) fn activation_input_gradient(
+    cuda: &CudaDevice,
+    activation: Activation,
+    gradient: &Tensor,
+    weight: &Tensor,
+    preactivation: &Tensor,
+    hidden: &Tensor,
+    bias: Option<&GradientTarget>,
+) -> Result<Tensor> {
+    let inner = Tensor::empty(gradient.device(), preactivation.dims(), gradient.dtype())?;
+    let in_two = |hidden: &Tensor, bias: Option<&GradientTarget>| {
+        input_gradient(cuda, gradient, weight, &inner)?;
+        recompute_backward(cuda, activation, &inner, preactivation, hidden, bias)
+    };
+    if !hopper::takes(cuda, activation, &[gradient, weight, preactivation, hidden, &inner]) {
+        in_two(hidden, bias)?;
+        return Ok(inner);
+    }
+    let own = |hidden: &Tensor, bias: Option<&GradientTarget>| {
+        hopper::activation_gradient(cuda, activation, gradient, weight, preactivation, hidden, &inner, bias)
+    };
+    let (depth, columns) = (gradient.size(gradient.rank() - 1), inner.size(inner.rank() - 1));
+    let name =
+        format!("{activation:?}-gradient-{}-{}x{columns}x{depth}", inner.dtype(), inner.elements() / columns);
+    // To be measured, the work must leave the pre-activation as it is.
+    let mut run = |way| {
+        let elsewhere = Tensor::empty(inner.device(), inner.dims(), inner.dtype())?;
+        if way == 0 { own(&elsewhere, None) } else { in_two(&elsewhere, None) }
+    };
+    match cuda.choose(&name.to_lowercase(), 2, &mut run)? {
+        0 => own(hidden, bias)?,
+        _ => in_two(hidden, bias)?,
+    }
+    Ok(inner)
 }
 
 /// `bias (+)= sum of g over rows`
@@ -235,8 +286,19 @@ fn sum_by_parts(
     }
     let partials = Tensor::empty_for(like.device(), &[parts, columns], DType::F32, Purpose::Workspace)?;
     launch(grid, sums(partials.address(), false))?;
-    let Some(target) = target else { return Ok(()) };
-    let kernel = cuda.kernel(&SOURCE, "add_partials", &macros(like.dtype(), Activation::None))?;
+    target.map_or(Ok(()), |target| add_partials(cuda, &partials, like.dtype(), target))
+}
+
+/// `target (+)= sum of the partial sums`, f32 `[parts, columns]`. The dtype is that of what was summed: its kernels are
+/// compiled already.
+pub(super) fn add_partials(
+    cuda: &CudaDevice,
+    partials: &Tensor,
+    dtype: DType,
+    target: &GradientTarget,
+) -> Result<()> {
+    let (parts, columns) = (partials.size(0), partials.size(1));
+    let kernel = cuda.kernel(&SOURCE, "add_partials", &macros(dtype, Activation::None))?;
     let arguments = Arguments::new()
         .with(partials.address())
         .with(target.gradient.address())

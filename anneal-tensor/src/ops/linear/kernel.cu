@@ -47,23 +47,22 @@ __device__ __forceinline__ void value_and_derivative(float x, float &value, floa
 #endif
 
 // PACK elements, of which `valid` exist; all of them where packs are whole and aligned.
-__device__ __forceinline__ Pack<T, PACK> load_some(const T *from, int valid, bool whole) {
-    if (whole) return *reinterpret_cast<const Pack<T, PACK> *>(from);
-    Pack<T, PACK> pack = {};
+__device__ __forceinline__ Held<T, PACK> load_some(const T *from, int valid, bool whole) {
+    if (whole) return hold<PACK>(from);
+    float values[PACK];
 #pragma unroll
-    for (int i = 0; i < PACK; ++i)
-        if (i < valid) pack.at[i] = from[i];
-    return pack;
+    for (int i = 0; i < PACK; ++i) values[i] = i < valid ? to_float(from[i]) : 0.0f;
+    return rounded<T>(values);
 }
 
-__device__ __forceinline__ void store_some(T *to, const Pack<T, PACK> &pack, int valid, bool whole) {
+__device__ __forceinline__ void store_some(T *to, const float (&values)[PACK], int valid, bool whole) {
     if (whole) {
-        *reinterpret_cast<Pack<T, PACK> *>(to) = pack;
+        store_pack<PACK>(to, values);
         return;
     }
 #pragma unroll
     for (int i = 0; i < PACK; ++i)
-        if (i < valid) to[i] = pack.at[i];
+        if (i < valid) to[i] = from_float<T>(values[i]);
 }
 
 // Adds up the threads of a block that share columns, and writes the block's sums.
@@ -90,7 +89,7 @@ column_sums(const T *g, float *partials, i64 rows, i64 columns, i64 part_rows, i
     i64 end = min(rows, (i64(blockIdx.y) + 1) * part_rows);
     float sums[PACK] = {};
     for (i64 row = i64(blockIdx.y) * part_rows + threadIdx.x / LANES; valid > 0 && row < end; row += ROWS * AHEAD) {
-        Pack<T, PACK> packs[AHEAD];
+        Held<T, PACK> packs[AHEAD];
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
             packs[k] = {};
@@ -99,7 +98,7 @@ column_sums(const T *g, float *partials, i64 rows, i64 columns, i64 part_rows, i
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k)
 #pragma unroll
-            for (int i = 0; i < PACK; ++i) sums[i] += to_float(packs[k].at[i]);
+            for (int i = 0; i < PACK; ++i) sums[i] += packs[k][i];
     }
     write_sums(sums, partials, columns, accumulate);
 }
@@ -173,7 +172,7 @@ recompute_backward(T *g, const T *p, T *h, float *partials, i64 rows, i64 column
     i64 end = min(rows, (i64(blockIdx.y) + 1) * part_rows);
     float sums[PACK] = {};
     for (i64 row = i64(blockIdx.y) * part_rows + threadIdx.x / LANES; valid > 0 && row < end; row += ROWS * PAIRS_AHEAD) {
-        Pack<T, PACK> gradients[PAIRS_AHEAD], arguments[PAIRS_AHEAD];
+        Held<T, PACK> gradients[PAIRS_AHEAD], arguments[PAIRS_AHEAD];
 #pragma unroll
         for (int k = 0; k < PAIRS_AHEAD; ++k) {
             i64 at = (row + k * ROWS) * columns + column;
@@ -185,17 +184,16 @@ recompute_backward(T *g, const T *p, T *h, float *partials, i64 rows, i64 column
         for (int k = 0; k < PAIRS_AHEAD; ++k) {
             i64 at = (row + k * ROWS) * columns + column;
             if (row + k * ROWS >= end) continue;
+            float values[PACK], products[PACK];
 #pragma unroll
             for (int i = 0; i < PACK; ++i) {
-                float value, derivative;
-                value_and_derivative(to_float(arguments[k].at[i]), value, derivative);
-                float gradient = to_float(gradients[k].at[i]) * derivative;
-                sums[i] += gradient;
-                gradients[k].at[i] = from_float<T>(gradient);
-                arguments[k].at[i] = from_float<T>(value);
+                float derivative;
+                value_and_derivative(arguments[k][i], values[i], derivative);
+                products[i] = gradients[k][i] * derivative;
+                sums[i] += products[i];
             }
-            store_some(g + at, gradients[k], valid, whole);
-            store_some(h + at, arguments[k], valid, whole);
+            store_some(g + at, products, valid, whole);
+            store_some(h + at, values, valid, whole);
         }
     }
     write_sums(sums, partials, columns, accumulate);

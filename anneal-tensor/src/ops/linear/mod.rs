@@ -5,6 +5,7 @@
 
 pub(super) mod cpu;
 pub(super) mod cuda;
+mod hopper;
 mod matrix;
 
 use crate::{BackwardPass, Op, Outputs, Result, Saver, Tensor, TensorError, apply};

@@ -1,39 +1,43 @@
-// Product on Hopper (sm_90a) whose epilogue is work that memory bounds: C = A B for 16-bit elements, sums in f32.
+// Products on Hopper (sm_90a) that end in an activation: C = A B of 16-bit elements, summed in f32.
 //
-//   EPILOGUE 0  y = C (+ bias)
-//   EPILOGUE 1  p = C + bias, y = act(p), both written; p only if it is not null
-//   EPILOGUE 2  y = C act'(p), h = act(p), partials = sums of y over the rows of a tile; h may be p
-// ELEMENT, ELEMENT_IS_BF16: the type of all matrices. A_TRANSPOSED, B_TRANSPOSED: which dimension leads in memory, below.
-// ACTIVATION: 1 GELU by its tanh form, 2 SiLU.
+//   BACKWARD 0  p = C + bias, y = act(p); p only if it is not null
+//   BACKWARD 1  y = C act'(p), h = act(p), partials = sums of y over the rows of a tile; h may be p
+// ELEMENT, ELEMENT_IS_BF16: the type of all matrices. ACTIVATION: 1 GELU by its tanh form, 2 SiLU.
 //
-// A [rows, depth], or its transpose in memory [depth, rows] if A_TRANSPOSED; B [depth, columns], or its transpose
-// in memory [columns, depth] if B_TRANSPOSED; both by tensor maps with boxes of 64 elements (128 bytes, swizzled) by
-// BOX_ROWS below. bias [columns]; y, p, h [rows, columns], contiguous, rows of whole 16 bytes; partials
-// [tiles of rows, columns].
+// A [rows, depth]; B [depth, columns], of which BACKWARD 0 has the transpose [columns, depth] in memory; both by tensor maps,
+// swizzled by 128 bytes, with boxes of (columns of memory, rows of memory): A (64, TILE_ROWS), B (64, TILE_DEPTH / 2), its
+// transpose (64, TILE_COLUMNS / 2). bias [columns], or null; y, p, h [rows, columns]; all contiguous, rows of whole 16
+// bytes; partials [tiles of rows, columns].
 //
 // Grid: clusters of two blocks, as many as run at once; 384 threads. Of a block's first four warps one copies tiles in, and
-// three do the epilogue of a tile while the other eight are at the next one: these multiply, 64 x 256 results each
-// warpgroup. Results go to the epilogue by way of shared memory, rounded to elements: so it costs the matrix units only the
-// time of writing 64 KB there, however long it waits for device memory. The two blocks of a cluster work on neighbouring
-// tiles of rows and the same columns, and each copies half of B for both.
-// Every result is summed in one order, by depth; partials by rows of a thread, then by warps. No atomics.
+// three do the epilogue of a tile while the other eight are at the next one: these multiply, 64 rows a warpgroup. Results
+// go to the epilogue by way of shared memory, rounded to elements: so it costs the matrix units only the time of writing
+// 64 KB there, however long it waits for device memory. The two blocks of a cluster work on neighbouring tiles of rows and
+// the same columns, and each copies half of B for both.
+// Every result is summed in one order, by depth; partials by rows of a thread, then over threads. No atomics.
 
 typedef ELEMENT T;
-constexpr int TILE_ROWS = 128, TILE_COLUMNS = 256, TILE_DEPTH = 64;
-constexpr int STAGES = 3;
-constexpr int MULTIPLYING_GROUPS = 2;
-constexpr int FINISHING_WARPS = 3, FINISHING_THREADS = 32 * FINISHING_WARPS;
-constexpr int A_BYTES = TILE_ROWS * TILE_DEPTH * 2, B_BYTES = TILE_COLUMNS * TILE_DEPTH * 2;
-constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
-// A panel: 64 elements (128 bytes) of each of some rows of memory.
+constexpr int CLUSTER = 2;
+constexpr int TILE_ROWS = 128, TILE_COLUMNS = 256, TILE_DEPTH = 64, HALF_ROWS = 64;
+constexpr int STAGES = 3, MULTIPLYING_GROUPS = 2;
+constexpr int A_BYTES = TILE_ROWS * TILE_DEPTH * 2, STAGE_BYTES = A_BYTES + TILE_COLUMNS * TILE_DEPTH * 2;
+// A panel: 64 elements (128 bytes) of each of 64 rows of memory.
 constexpr int PANEL_BYTES = 64 * 128;
-constexpr int HALF_ROWS = 64, HALF_BYTES = HALF_ROWS * TILE_COLUMNS * 2;
-constexpr int STAGED = STAGES * STAGE_BYTES;
-constexpr int SUMS = STAGED + 2 * HALF_BYTES;
-constexpr int BARRIERS = SUMS + (EPILOGUE == 2 ? FINISHING_WARPS * TILE_COLUMNS * 4 : 0);
-// Rows whose loads a thread has under way together, and the most rows of a half that a warp finishes.
-constexpr int AHEAD = 4;
-constexpr int WARP_ROWS = (HALF_ROWS + FINISHING_WARPS - 1) / FINISHING_WARPS;
+
+// In the epilogue neighbours take 8 columns each of a row, all threads ROWS_TOGETHER rows, and a thread two such passes
+// at once, PAIRS times for a tile. Its arguments are copied AHEAD pairs before it needs them.
+constexpr int FINISHING_THREADS = 96, LANES = TILE_COLUMNS / 8, ROWS_TOGETHER = FINISHING_THREADS / LANES;
+static_assert(FINISHING_THREADS % LANES == 0, "every thread of the epilogue has work");
+constexpr int PAIRS = (TILE_ROWS + 2 * ROWS_TOGETHER - 1) / (2 * ROWS_TOGETHER), AHEAD = 5;
+// The pair that is the first to need the second half of a tile, and the last to need the first.
+constexpr int FIRST_OF_SECOND = HALF_ROWS / ROWS_TOGETHER / 2, LAST_OF_FIRST = (HALF_ROWS - 1) / ROWS_TOGETHER / 2;
+
+// Shared memory: stages, results between the multiplying and the epilogue, then the bias of all tiles whose copies may be
+// under way or the sums of rows and the arguments ahead, then barriers.
+constexpr int STAGED = STAGES * STAGE_BYTES, EXTRA = STAGED + TILE_ROWS * TILE_COLUMNS * 2;
+constexpr int BIASES = STAGES + 1, BIAS_BYTES = TILE_COLUMNS * 2;
+constexpr int ARGUMENTS = EXTRA + ROWS_TOGETHER * TILE_COLUMNS * 4, PASS_BYTES = FINISHING_THREADS * 16;
+constexpr int BARRIERS = BACKWARD ? ARGUMENTS + AHEAD * 2 * PASS_BYTES : EXTRA + BIASES * BIAS_BYTES;
 
 /// A tensor map of the driver.
 struct alignas(64) Map {
@@ -45,25 +49,23 @@ __device__ __forceinline__ u32 empty(u32 base, int stage) { return base + BARRIE
 __device__ __forceinline__ u32 written(u32 base, int half) { return base + BARRIERS + 8 * (2 * STAGES + half); }
 __device__ __forceinline__ u32 taken(u32 base, int half) { return base + BARRIERS + 8 * (2 * STAGES + 2 + half); }
 
-/// Where a chunk of 16 bytes of a staged row lies: exchanged by the row, so that eight rows fill all banks.
-__device__ __forceinline__ u32 staged(u32 base, int half, int row, int chunk) {
-    return base + STAGED + half * HALF_BYTES + row * (TILE_COLUMNS * 2) + (chunk ^ row % 8) * 16;
+/// Where a chunk of 16 bytes of a tile's results lies: exchanged by the row, so that eight rows fill all banks.
+__device__ __forceinline__ u32 staged(u32 base, int row, int chunk) {
+    return base + STAGED + row * (TILE_COLUMNS * 2) + (chunk ^ row % 8) * 16;
 }
+
+/// The tiles of a block: every `stride`-th from `first` on; columns first.
+struct Tiles {
+    int rows, columns, steps, column_tiles, count, first, stride, rank;
+
+    __device__ __forceinline__ int row(int tile) const { return (tile / column_tiles * CLUSTER + rank) * TILE_ROWS; }
+    __device__ __forceinline__ int column(int tile) const { return tile % column_tiles * TILE_COLUMNS; }
+};
 
 __device__ __forceinline__ float exp2_of(float x) {
     float power;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
     return power;
-}
-
-/// 8 elements of a staged row.
-__device__ __forceinline__ Held<T, 8> load_staged(u32 address) {
-    Held<T, 8> row;
-    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(row.words[0]), "=r"(row.words[1]), "=r"(row.words[2]), "=r"(row.words[3])
-                 : "r"(address)
-                 : "memory");
-    return row;
 }
 
 #if ACTIVATION == 1
@@ -85,86 +87,170 @@ __device__ __forceinline__ void value_and_derivative(float x, float &value, floa
 }
 #endif
 
-/// The copying thread: both operands' tiles, stage by stage.
-__device__ __forceinline__ void copy_tiles(
-    u32 base, const Map *a, const Map *b, u32 rank, int first, int stride, int tiles, int column_tiles, int steps) {
-    int stage = 0, phase = 0;
-    for (int tile = first; tile < tiles; tile += stride) {
-        const int row = (tile / column_tiles * 2 + rank) * TILE_ROWS, column = tile % column_tiles * TILE_COLUMNS;
-        for (int step = 0; step < steps; step++) {
+/// The copying thread: both operands' tiles, stage by stage, and the bias of a tile with its first stage.
+__device__ __forceinline__ void copy_tiles(u32 base, const Map *a, const Map *b, const T *bias, const Tiles &tiles) {
+    int stage = 0, phase = 0, bias_place = 0;
+    for (int tile = tiles.first; tile < tiles.count; tile += tiles.stride) {
+        const int row = tiles.row(tile), column = tiles.column(tile);
+        for (int step = 0; step < tiles.steps; step++) {
             wait_barrier(empty(base, stage), phase ^ 1);
-            const u32 barrier = full(base, stage), a_tile = base + stage * STAGE_BYTES;
-            // Each block copies half of B to both.
-            const u32 b_tile = a_tile + A_BYTES + rank * (B_BYTES / 2);
-            const int depth = step * TILE_DEPTH, half = column + rank * (TILE_COLUMNS / 2);
-            expect_bytes(barrier, STAGE_BYTES);
-#if A_TRANSPOSED
-            copy_box(a_tile, a, row, depth, barrier);
-            copy_box(a_tile + PANEL_BYTES, a, row + 64, depth, barrier);
-#else
+            const u32 barrier = full(base, stage), a_tile = base + stage * STAGE_BYTES, b_tile = a_tile + A_BYTES;
+            const int depth = step * TILE_DEPTH;
+            if (!BACKWARD && bias != nullptr && step == 0) {
+                const u32 bytes = min(TILE_COLUMNS, tiles.columns - column) * 2;
+                expect_bytes(barrier, STAGE_BYTES + bytes);
+                copy_bytes(base + EXTRA + bias_place * BIAS_BYTES, bias + column, bytes, barrier);
+                if (++bias_place == BIASES) bias_place = 0;
+            } else {
+                expect_bytes(barrier, STAGE_BYTES);
+            }
             copy_box(a_tile, a, depth, row, barrier);
-#endif
-#if B_TRANSPOSED
-            copy_box_to_both(b_tile, b, depth, half, barrier);
-#else
-            copy_box_to_both(b_tile, b, half, depth, barrier);
-            copy_box_to_both(b_tile + PANEL_BYTES, b, half + 64, depth, barrier);
-#endif
+            // Each block of a cluster copies its share of B to both.
+            if (BACKWARD) {
+                const int share = tiles.rank * (TILE_DEPTH / CLUSTER);
+                for (int panel = 0; panel < TILE_COLUMNS / 64; panel++)
+                    copy_box_to_both(
+                        b_tile + panel * PANEL_BYTES + share * 128, b, column + panel * 64, depth + share, barrier);
+            } else {
+                const int share = tiles.rank * (TILE_COLUMNS / CLUSTER);
+                copy_box_to_both(b_tile + share * 128, b, depth, column + share, barrier);
+            }
             if (++stage == STAGES) stage = 0, phase ^= 1;
         }
     }
 }
 
+/// Rounds 64 rows of results, and puts them where the epilogue takes them. `bias` is in shared memory, or zero.
+__device__ __forceinline__ void stage_results(const float (&c)[TILE_COLUMNS / 8][4], u32 base, int half, u32 bias) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    // A lane's row and chunk in the four 8 x 8 matrices that are stored together: rows 0 and 8, chunks n and n + 1.
+    const int row = half * HALF_ROWS + warp * 16 + lane % 16, chunk = lane / 16;
+#pragma unroll
+    for (int n = 0; n < TILE_COLUMNS / 8; n += 2) {
+        u32 words[4];
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+            float add[2] = {};
+            if (!BACKWARD && bias != 0) {
+                const u32 pair = load_word(bias + (n + m) * 16 + lane % 4 * 4);
+                add[0] = half_of_word<T>(pair, 0), add[1] = half_of_word<T>(pair, 1);
+            }
+            words[2 * m] = word_of_pair<T>(c[n + m][0] + add[0], c[n + m][1] + add[1]);
+            words[2 * m + 1] = word_of_pair<T>(c[n + m][2] + add[0], c[n + m][3] + add[1]);
+        }
+        store_matrices(staged(base, row, n + chunk), words);
+    }
+}
+
 /// A multiplying group: 64 rows of each tile.
-__device__ __forceinline__ void multiply_tiles(
-    u32 base, const T *bias, int columns, int half, int first, int stride, int tiles, int column_tiles, int steps) {
-    const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
-    float c[32][4];
-    int stage = 0, phase = 0, staged_phase = 0;
-    // Of K-leading operands, groups of 8 rows are 1024 bytes apart; of others, groups of 8 in depth are, and
-    // panels of 64 follow each other.
+__device__ __forceinline__ void multiply_tiles(u32 base, bool biased, int half, const Tiles &tiles) {
+    const int thread = threadIdx.x % 128;
+    float c[TILE_COLUMNS / 8][4];
+    int stage = 0, phase = 0, staged_phase = 0, bias_place = 0;
     const Operand a = panel_operand(base + half * PANEL_BYTES);
-    const Operand b = B_TRANSPOSED ? panel_operand(base + A_BYTES) : panels_operand(base + A_BYTES, PANEL_BYTES);
-    for (int tile = first; tile < tiles; tile += stride) {
-        for (int step = 0; step < steps; step++) {
+    const Operand b = BACKWARD ? panels_operand(base + A_BYTES, PANEL_BYTES) : panel_operand(base + A_BYTES);
+    for (int tile = tiles.first; tile < tiles.count; tile += tiles.stride) {
+        for (int step = 0; step < tiles.steps; step++) {
             wait_barrier(full(base, stage), phase);
             begin_products();
 #pragma unroll
             for (int k = 0; k < TILE_DEPTH / 16; k++)
-                Product<32>::shared<A_TRANSPOSED, !B_TRANSPOSED>(
-                    c, a.at(stage * STAGE_BYTES + k * (A_TRANSPOSED ? 2048 : 32)),
-                    b.at(stage * STAGE_BYTES + k * (B_TRANSPOSED ? 32 : 2048)), step > 0 || k > 0);
+                Product<TILE_COLUMNS / 8>::shared<0, BACKWARD>(
+                    c, a.at(stage * STAGE_BYTES + k * 32), b.at(stage * STAGE_BYTES + k * (BACKWARD ? 2048 : 32)),
+                    step > 0 || k > 0);
             commit_products();
             // The products of the stage before have ended: its place is free in both blocks.
             wait_products<1>();
-            if (step > 0 && thread < 2) arrive_at(empty(base, (stage + STAGES - 1) % STAGES), thread);
+            if (step > 0 && thread < CLUSTER) arrive_at(empty(base, (stage + STAGES - 1) % STAGES), thread);
             if (++stage == STAGES) stage = 0, phase ^= 1;
         }
         wait_products<0>();
         hold(c);
-        if (thread < 2) arrive_at(empty(base, (stage + STAGES - 1) % STAGES), thread);
-
+        if (thread < CLUSTER) arrive_at(empty(base, (stage + STAGES - 1) % STAGES), thread);
         wait_barrier(taken(base, half), staged_phase ^ 1);
-        staged_phase ^= 1;
-        const int column = tile % column_tiles * TILE_COLUMNS;
-        // A lane's row and chunk in the four 8 x 8 matrices that are stored together: rows 0 and 8, chunks n and n + 1.
-        const int row = warp * 16 + lane % 16, chunk = lane / 16;
-#pragma unroll
-        for (int n = 0; n < 32; n += 2) {
-            u32 words[4];
-#pragma unroll
-            for (int m = 0; m < 2; m++) {
-                float add[2] = {};
-                if (EPILOGUE < 2 && bias != nullptr) {
-                    const int at = column + 8 * (n + m) + 2 * (lane % 4);
-                    if (at < columns) add[0] = to_float(bias[at]), add[1] = to_float(bias[at + 1]);
-                }
-                words[2 * m] = word_of_pair<T>(c[n + m][0] + add[0], c[n + m][1] + add[1]);
-                words[2 * m + 1] = word_of_pair<T>(c[n + m][2] + add[0], c[n + m][3] + add[1]);
-            }
-            store_matrices(staged(base, half, row, n + chunk), words);
-        }
+        stage_results(c, base, half, biased ? base + EXTRA + bias_place * BIAS_BYTES : 0);
         arrive(written(base, half));
+        staged_phase ^= 1;
+        if (++bias_place == BIASES) bias_place = 0;
+    }
+}
+
+/// What a thread of the epilogue works on: 8 columns of every few rows.
+struct Share {
+    int lane = (threadIdx.x - 32) % LANES, together = (threadIdx.x - 32) / LANES;
+
+    __device__ __forceinline__ int row(int pass) const { return together + pass * ROWS_TOGETHER; }
+};
+
+/// The arguments of a thread, copied to places of its own: of loads to registers a warp could tell only few apart,
+/// and would wait for the last.
+struct Ahead {
+    const T *p;
+    u32 places;
+    int tile, pair = 0, place = 0, row, column;
+
+    __device__ __forceinline__ Ahead(const T *p, u32 base, const Tiles &tiles, Share share)
+        : p(p), places(base + ARGUMENTS + (threadIdx.x - 32) * 16), tile(tiles.first) {
+        locate(tiles, share);
+        for (int k = 0; k < AHEAD && BACKWARD; k++) request(tiles, share);
+    }
+
+    __device__ __forceinline__ void locate(const Tiles &tiles, Share share) {
+        row = tile < tiles.count ? tiles.row(tile) : tiles.rows;
+        column = tiles.column(tile) + share.lane * 8;
+    }
+
+    /// Starts the copies of one more pair.
+    __device__ __forceinline__ void request(const Tiles &tiles, Share share) {
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const int in_tile = share.row(2 * pair + k);
+            const bool valid = in_tile < TILE_ROWS && row + in_tile < tiles.rows && column < tiles.columns;
+            const i64 at = valid ? i64(row + in_tile) * tiles.columns + column : 0;
+            copy_16(places + (2 * place + k) * PASS_BYTES, p + at, valid);
+        }
+        commit_copies();
+        if (++place == AHEAD) place = 0;
+        if (++pair < PAIRS) return;
+        pair = 0;
+        tile += tiles.stride;
+        locate(tiles, share);
+    }
+
+    /// The pair that was requested first, of those whose place is not taken anew. `request` takes it.
+    __device__ __forceinline__ void take(Held<T, 8> (&arguments)[2]) const {
+        wait_copies<AHEAD - 1>();
+#pragma unroll
+        for (int k = 0; k < 2; k++) load_chunk(arguments[k].words, places + (2 * place + k) * PASS_BYTES);
+    }
+};
+
+/// Two rows' results to what is stored, at `at`; sums of gradients over rows.
+__device__ __forceinline__ void finish_pair(
+    const Held<T, 8> (&arguments)[2], const Held<T, 8> (&results)[2], const i64 (&at)[2], const bool (&valid)[2], T *y,
+    T *p, T *h, float (&sums)[8]) {
+    Held<T, 8> value[2], gradient[2];
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        float values[8], gradients[8];
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            float derivative;
+            value_and_derivative(BACKWARD ? arguments[k][e] : results[k][e], values[e], derivative);
+            gradients[e] = results[k][e] * derivative;
+            sums[e] += gradients[e];
+        }
+        value[k] = rounded<T>(values), gradient[k] = rounded<T>(gradients);
+    }
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        if (BACKWARD) {
+            store_16(y + at[k], gradient[k].words, valid[k]);
+            store_16(h + at[k], value[k].words, valid[k]);
+        } else {
+            store_16(p + at[k], results[k].words, valid[k] && p != nullptr);
+            store_16(y + at[k], value[k].words, valid[k]);
+        }
     }
 }
 
@@ -172,127 +258,103 @@ __device__ __forceinline__ void meet_finishing() {
     asm volatile("bar.sync 1, %0;" ::"n"(FINISHING_THREADS) : "memory");
 }
 
-/// The warps of the epilogue: one takes every third row of half a tile, a lane 8 columns.
+/// Sums of a tile's rows, over the threads that share columns.
+__device__ __forceinline__ void write_sums(
+    const float (&sums)[8], char *memory, float *partials, int tile, Share share, const Tiles &tiles) {
+    float *shared = reinterpret_cast<float *>(memory + EXTRA);
+    const int row = tiles.row(tile), column = tiles.column(tile);
+#pragma unroll
+    for (int e = 0; e < 8; e++) shared[share.together * TILE_COLUMNS + share.lane * 8 + e] = sums[e];
+    meet_finishing();
+#pragma unroll
+    for (int at = threadIdx.x - 32; at < TILE_COLUMNS; at += FINISHING_THREADS) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int part = 0; part < ROWS_TOGETHER; part++) sum += shared[part * TILE_COLUMNS + at];
+        if (row < tiles.rows && column + at < tiles.columns)
+            partials[i64(row / TILE_ROWS) * tiles.columns + column + at] = sum;
+    }
+    meet_finishing();
+}
+
+/// The threads of the epilogue.
 __device__ __forceinline__ void finish_tiles(
-    u32 base, char *memory, T *y, T *p, T *h, float *partials, i64 rows, i64 columns, u32 rank, int first, int stride,
-    int tiles, int column_tiles) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 1;
-    typedef Held<T, 8> Row;
+    u32 base, char *memory, T *y, T *p, T *h, float *partials, const Tiles &tiles) {
+    const Share share;
     int phase = 0;
-    for (int tile = first; tile < tiles; tile += stride, phase ^= 1) {
-        const int row_tile = tile / column_tiles * 2 + rank;
-        const i64 column = i64(tile % column_tiles) * TILE_COLUMNS + lane * 8;
+    Ahead ahead(p, base, tiles, share);
+    for (int tile = tiles.first; tile < tiles.count; tile += tiles.stride, phase ^= 1) {
+        const int row = tiles.row(tile), column = tiles.column(tile) + share.lane * 8;
         float sums[8] = {};
 #pragma unroll 1
-        for (int half = 0; half < 2; half++) {
-            const i64 row = i64(row_tile) * TILE_ROWS + half * HALF_ROWS + warp;
-            const i64 at = row * columns + column;
-            // Rows of this thread that exist.
-            const i64 left = min(i64(HALF_ROWS - warp), rows - row) + FINISHING_WARPS - 1;
-            const int count = column < columns ? int(max(i64(0), left / FINISHING_WARPS)) : 0;
-            Row next[AHEAD];
-            if (EPILOGUE == 2)
+        for (int pair = 0; pair < PAIRS; pair++) {
+            if (pair == 0) wait_barrier(written(base, 0), phase);
+            if (pair == FIRST_OF_SECOND) wait_barrier(written(base, 1), phase);
+            Held<T, 8> arguments[2] = {}, results[2];
+            i64 at[2];
+            bool valid[2];
+            if (BACKWARD) ahead.take(arguments);
 #pragma unroll
-                for (int k = 0; k < AHEAD; k++)
-                    if (k < count) next[k] = hold<8>(p + at + FINISHING_WARPS * k * columns);
-            wait_barrier(written(base, half), phase);
+            for (int k = 0; k < 2; k++) {
+                const int in_tile = share.row(2 * pair + k);
+                load_chunk(results[k].words, staged(base, in_tile, share.lane));
+                valid[k] = in_tile < TILE_ROWS && row + in_tile < tiles.rows && column < tiles.columns;
+                at[k] = i64(row + in_tile) * tiles.columns + column;
 #pragma unroll
-            for (int i = 0; i < WARP_ROWS; i += AHEAD) {
-                Row arguments[AHEAD], results[AHEAD];
-#pragma unroll
-                for (int k = 0; k < AHEAD; k++) {
-                    arguments[k] = next[k];
-                    if (i + k < count)
-                        results[k] = load_staged(staged(base, half, warp + FINISHING_WARPS * (i + k), lane));
-                }
-                if (EPILOGUE == 2)
-#pragma unroll
-                    for (int k = 0; k < AHEAD; k++)
-                        if (i + AHEAD + k < count)
-                            next[k] = hold<8>(p + at + FINISHING_WARPS * (i + AHEAD + k) * columns);
-#pragma unroll
-                for (int k = 0; k < AHEAD; k++) {
-                    if (i + k >= count) continue;
-                    const i64 to = at + FINISHING_WARPS * (i + k) * columns;
-#if EPILOGUE == 0
-                    store_held<8>(y + to, results[k]);
-#elif EPILOGUE == 1
-                    if (p != nullptr) store_held<8>(p + to, results[k]);
-                    float values[8], unused;
-#pragma unroll
-                    for (int e = 0; e < 8; e++) value_and_derivative(results[k][e], values[e], unused);
-                    store_held<8>(y + to, rounded<T>(values));
-#else
-                    float values[8], gradients[8];
-#pragma unroll
-                    for (int e = 0; e < 8; e++) {
-                        float derivative;
-                        value_and_derivative(arguments[k][e], values[e], derivative);
-                        gradients[e] = results[k][e] * derivative;
-                        sums[e] += gradients[e];
-                    }
-                    store_held<8>(y + to, rounded<T>(gradients));
-                    store_held<8>(h + to, rounded<T>(values));
-#endif
-                }
+                for (int word = 0; word < 4; word++)
+                    if (!valid[k]) results[k].words[word] = 0;
             }
-            // All of this warp's reads of the half have ended.
-            __syncwarp();
-            if (lane == 0) arrive(taken(base, half));
+            finish_pair(arguments, results, at, valid, y, p, h, sums);
+            if (BACKWARD) ahead.request(tiles, share);
+            if (pair == LAST_OF_FIRST) arrive(taken(base, 0));
+            if (pair == PAIRS - 1) arrive(taken(base, 1));
         }
-#if EPILOGUE == 2
-        float *shared = reinterpret_cast<float *>(memory + SUMS);
-#pragma unroll
-        for (int e = 0; e < 8; e += 4)
-            *reinterpret_cast<Pack<float, 4> *>(shared + warp * TILE_COLUMNS + lane * 8 + e) =
-                Pack<float, 4>{{sums[e], sums[e + 1], sums[e + 2], sums[e + 3]}};
-        meet_finishing();
-        const i64 first_column = i64(tile % column_tiles) * TILE_COLUMNS;
-        if (i64(row_tile) * TILE_ROWS < rows)
-#pragma unroll
-            for (int at = threadIdx.x - 32; at < TILE_COLUMNS; at += FINISHING_THREADS) {
-                float sum = 0.0f;
-#pragma unroll
-                for (int w = 0; w < FINISHING_WARPS; w++) sum += shared[w * TILE_COLUMNS + at];
-                if (first_column + at < columns) partials[row_tile * columns + first_column + at] = sum;
-            }
-        meet_finishing();
-#endif
+        if (BACKWARD) write_sums(sums, memory, partials, tile, share, tiles);
     }
 }
 
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTERS
+#endif
+
+extern "C" __global__ void CLUSTERS __launch_bounds__(384, 1)
 product_wgmma(const __grid_constant__ Map a, const __grid_constant__ Map b, const T *bias, T *y, T *p, T *h,
               float *partials, int rows, int columns, int depth) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere an empty kernel that nobody starts
     extern __shared__ __align__(1024) char memory[];
-    const u32 base = shared_address(memory);
-    const int group = threadIdx.x / 128;
-    const u32 rank = rank_in_cluster();
+    u32 base = shared_address(memory);
+    // In a cluster it holds the block's rank, which would be read again at each use.
+    asm volatile("" : "+r"(base));
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; stage++) {
             make_barrier(full(base, stage), 1);
-            // The multiplying groups of both blocks.
-            make_barrier(empty(base, stage), 2 * MULTIPLYING_GROUPS);
+            make_barrier(empty(base, stage), CLUSTER * MULTIPLYING_GROUPS);
         }
         for (int half = 0; half < 2; half++) {
             make_barrier(written(base, half), 128);
-            make_barrier(taken(base, half), FINISHING_WARPS);
+            make_barrier(taken(base, half), FINISHING_THREADS);
         }
         publish_barriers();
     }
     meet_cluster();
 
-    const int column_tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
-    const int tiles = (rows + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS) * column_tiles;
-    const int steps = (depth + TILE_DEPTH - 1) / TILE_DEPTH, first = blockIdx.x / 2, stride = gridDim.x / 2;
-    if (group > 0) {
-        multiply_tiles(base, bias, columns, group - 1, first, stride, tiles, column_tiles, steps);
+    Tiles tiles;
+    tiles.rows = rows, tiles.columns = columns, tiles.rank = rank_in_cluster();
+    tiles.steps = (depth + TILE_DEPTH - 1) / TILE_DEPTH;
+    tiles.column_tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    tiles.count = (rows + CLUSTER * TILE_ROWS - 1) / (CLUSTER * TILE_ROWS) * tiles.column_tiles;
+    tiles.first = blockIdx.x / CLUSTER, tiles.stride = gridDim.x / CLUSTER;
+    if (threadIdx.x >= 128) {
+        multiply_tiles(base, bias != nullptr, threadIdx.x / 128 - 1, tiles);
     } else if (threadIdx.x >= 32) {
-        finish_tiles(base, memory, y, p, h, partials, rows, columns, rank, first, stride, tiles, column_tiles);
+        finish_tiles(base, memory, y, p, h, partials, tiles);
     } else if (threadIdx.x == 0) {
-        copy_tiles(base, &a, &b, rank, first, stride, tiles, column_tiles, steps);
+        copy_tiles(base, &a, &b, bias, tiles);
     }
     // A block that ended early could be copied to by the other.
     __syncwarp();
     meet_cluster();
+#endif
 }

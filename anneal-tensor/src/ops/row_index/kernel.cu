@@ -10,18 +10,16 @@
 // written twice, and sums are deterministic.
 
 extern "C" __global__ void pick(const ELEMENT *x, const i64 *index, ELEMENT *y, u64 rows, u64 picks, u64 width) {
-    typedef Pack<ELEMENT, PACK> Access;
     u32 position = blockIdx.x;
     i64 row = index[position];
     bool inside = row >= 0 && row < i64(rows);
-    u64 source = inside ? position / u32(picks) * rows + row : 0;
-    const Access *from = reinterpret_cast<const Access *>(x + source * width);
-    Access *to = reinterpret_cast<Access *>(y + u64(position) * width);
-    Access nothing;
+    x += inside ? (position / u32(picks) * rows + row) * width : 0;
+    y += u64(position) * width;
+    float nothing[PACK];
 #pragma unroll
-    for (int i = 0; i < PACK; ++i) nothing.at[i] = from_float<ELEMENT>(__int_as_float(0x7fc00000));
-    for (u32 column = threadIdx.x; column < u32(width) / PACK; column += blockDim.x)
-        to[column] = inside ? from[column] : nothing;
+    for (int i = 0; i < PACK; ++i) nothing[i] = __int_as_float(0x7fc00000);
+    for (u32 column = threadIdx.x * PACK; column < u32(width); column += blockDim.x * PACK)
+        store_held<PACK>(y + column, inside ? hold<PACK>(x + column) : rounded<ELEMENT>(nothing));
 }
 
 #define AHEAD 4

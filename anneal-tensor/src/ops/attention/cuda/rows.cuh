@@ -15,18 +15,6 @@ static_assert(sizeof(element) == 2, "tensor cores take bf16 or f16");
 /// This thread's warp, in a form that the compiler knows to be the same for all of it.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
-/// Copies 16 bytes, or writes zeros.
-__device__ __forceinline__ void copy_16(u32 to, const void *from, bool valid) {
-    const int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int PENDING> __device__ __forceinline__ void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
 /// Starts copying chunks `FIRST..FIRST + COUNT` of rows; `LANES` neighbours share a row.
 template <class LAYOUT, int ROWS, int THREADS, int LANES, int FIRST, int COUNT>
 __device__ __forceinline__ void copy_chunks(u32 tile, const element *head, u32 stride, int first, int limit) {
@@ -61,21 +49,6 @@ __device__ __forceinline__ void copy_rows(u32 tile, const element *head, u32 str
 template <class LAYOUT, int ROWS, int THREADS>
 __device__ __forceinline__ void copy_own_rows(u32 tile, const element *head, u32 stride, int first, int limit) {
     copy_chunks<LAYOUT, ROWS, THREADS, LANES_PER_ROW, 0, CHUNKS>(tile, head, stride, first, limit);
-}
-
-__device__ __forceinline__ void load_chunk(u32 (&words)[4], u32 address) {
-    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-/// Stores 16 bytes if `valid`, without a branch.
-__device__ __forceinline__ void store_16(void *to, const u32 (&words)[4], bool valid) {
-    asm volatile(
-        "{.reg .pred valid; setp.ne.b32 valid, %5, 0; @valid st.global.v4.b32 [%0], {%1,%2,%3,%4};}" ::"l"(to),
-        "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(int(valid))
-        : "memory");
 }
 
 template <int M, int N> __device__ __forceinline__ void clear(float (&c)[M][N][4]) {

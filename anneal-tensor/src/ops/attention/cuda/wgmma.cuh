@@ -24,7 +24,7 @@ template <int ROW_COUNT> struct PanelLayout {
 
 /// Of single chunks: `leading` and `stride` are those of the manual, by which operand leads.
 __device__ __forceinline__ Operand chunk_operand(u32 address, u32 leading, u32 stride) {
-    return {address >> 4 | leading >> 4 << 16, stride >> 4};
+    return {place_of(address) | leading >> 4 << 16, stride >> 4};
 }
 
 /// `N` consecutive tiles of results.
