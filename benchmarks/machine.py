@@ -9,10 +9,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def printed(*command):
-    """What a short command prints, in one string."""
+    """What a short command prints, in one string; "unknown" if it fails or is not there."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
@@ -32,10 +32,9 @@ def torch_versions():
 
 
 def query_gpu(*keys):
-    """What `nvidia-smi` knows of the first GPU, a string a key; None where there is none."""
+    """What `nvidia-smi` knows of the first GPU as {key: text}, in MiB, W, MHz; None where there is none."""
     line = printed("nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader,nounits", "--id=0")
-    values = [value.strip() for value in line.split(",")]
-    return values if len(values) == len(keys) else None
+    return None if line == "unknown" else dict(zip(keys, map(str.strip, line.split(","))))
 
 
 def doctor(anneal):

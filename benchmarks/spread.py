@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from compare import CASES
-from machine import ROOT, commit_of, cpu_name, doctor, printed, torch_versions, without_paths
+from machine import ROOT, commit_of, cpu_name, doctor, query_gpu, torch_versions, without_paths
 
 PEER = ROOT / "benchmarks" / "peers" / "torch_dit.py"
 # The peer's words for `recipes/digits.yaml`; the recipe has the same figures.
@@ -172,7 +172,7 @@ def main():
     arguments = parse_arguments()
     arguments.out.mkdir(parents=True, exist_ok=True)
     facts = {"time": datetime.datetime.now().isoformat(timespec="seconds"), "commit": commit_of(arguments.anneal), "cpu": cpu_name(),
-             "torch": torch_versions(), "driver": printed("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
+             "torch": torch_versions(), "gpu": query_gpu("name", "driver_version"),
              "doctor": doctor(arguments.anneal)}
     (arguments.out / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
     records = run_all(arguments)
