@@ -35,7 +35,8 @@ ENGINES = ("anneal", "torch")
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--anneal", default=str(ROOT / "target" / "release" / "anneal"), help="the binary")
+    # Runs begin in a folder of their own, where a relative path would lead elsewhere.
+    parser.add_argument("--anneal", type=os.path.abspath, default=str(ROOT / "target" / "release" / "anneal"), help="the binary")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--steps", type=int, default=200, help="of each run, at least 51")
@@ -50,7 +51,7 @@ def command_of(arguments, engine, precision, seed, folder, threads):
     """-> command, and the file that holds its losses."""
     if engine == "anneal":
         device = "cuda" if arguments.device == "cuda" else f"cpu:{threads}"
-        settings = {"output": folder, "device": device, "seed": seed, "train.precision": precision, "train.steps": arguments.steps,
+        settings = {"output": folder.name, "device": device, "seed": seed, "train.precision": precision, "train.steps": arguments.steps,
                     "train.log_every": 1, "sample.every": 0, "train.checkpoint.every": arguments.steps}
         words = [f"{key}={value}" for key, value in settings.items()]
         return [arguments.anneal, "train", str(RECIPE), *words, "--quiet"], folder / "metrics.jsonl"
@@ -69,7 +70,7 @@ def losses_in(path):
 
 
 def train(arguments, job, scratch, threads):
-    """One run -> its record with all losses; a run that fails ends everything."""
+    """One run, in the folder of all -> its record with all losses; a run that fails ends everything."""
     engine, precision, seed, turn = job
     folder = Path(scratch) / f"{engine}-{precision}-{seed}-{turn}"
     folder.mkdir()
