@@ -20,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from machine import cpu_name, printed, without_paths
+
 HERE = Path(__file__).resolve().parent
 CASES = {
     "dit-s2": ["--model", "DiT-S/2", "--batch", "8"],
@@ -75,21 +77,13 @@ def run_once(name, command, cores, environment):
         if key not in report:
             raise SystemExit(f"{name}: its JSON has no {key!r}: {sorted(report)}")
     return {"name": name, "load_before": load, "peak_rss_mib": usage.ru_maxrss / 1024,
-            "cpu_seconds": usage.ru_utime + usage.ru_stime, "command": [Path(part).name if "/" in part and Path(part).exists() else part for part in command],
-            "report": report}
+            "cpu_seconds": usage.ru_utime + usage.ru_stime, "command": without_paths(command), "report": report}
 
 
 def environment(arguments):
-    def printed(*command):
-        try:
-            return subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.strip()
-        except OSError:
-            return "not installed"
-
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
     import torch
 
-    return {"time": datetime.datetime.now().isoformat(timespec="seconds"), "cpu": cpu, "cores": sorted(arguments.cores),
+    return {"time": datetime.datetime.now().isoformat(timespec="seconds"), "cpu": cpu_name(), "cores": sorted(arguments.cores),
             "kernel": platform.release(), "python": platform.python_version(), "torch": torch.__version__,
             "commit": printed("git", "rev-parse", "HEAD"), "uncommitted_files": len(printed("git", "status", "--porcelain").splitlines()),
             "rustc": printed("rustc", "--version")}

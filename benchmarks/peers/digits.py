@@ -1,10 +1,13 @@
 """Trains the peer on the real digits and writes samples for `quality_digits.py`.
 
 Contract: same model, batch, optimizer, EMA and label drop as `recipes/digits.yaml`; no flips, since a mirrored digit is another
-sign. Data order: a new permutation each epoch, short last batches joined with the next epoch.
+sign. Data order: a new permutation each epoch, short last batches joined with the next epoch. Weights and all draws are made on
+the CPU, so that device and precision change none of them.
 """
 
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 from diffusion import guided, sample, sample_flow
@@ -33,7 +36,7 @@ def learning_rate(arguments, step):
     warm = min(1.0, (step + 1) / max(arguments.lr_warmup, 1))
     if arguments.lr_schedule == "constant":
         return arguments.lr * warm
-    done = max(0, step - arguments.lr_warmup) / max(1, arguments.steps - arguments.lr_warmup)
+    done = max(0, step - arguments.lr_warmup) / max(1, arguments.steps - 1 - arguments.lr_warmup)
     return arguments.lr * warm * 0.5 * (1 + np.cos(np.pi * done))
 
 
@@ -50,16 +53,16 @@ def sample_digits(arguments, torch, model, schedule, sampler):
     name, steps, *rest = sampler.split(":")
     y = torch.arange(10).repeat_interleave(arguments.per_class)
     torch.manual_seed(arguments.seed + 1)
-    x = torch.randn(len(y), 1, 8, 8)
+    x, y = (part.to(arguments.device) for part in (torch.randn(len(y), 1, 8, 8), y))
     network = guided(model, arguments.classes, arguments.guidance)
     if arguments.objective == "flow":
         out = sample_flow(network, x, y, int(steps), 2 if name == "heun" else 1)
     else:
-        respaced = schedule.respaced(int(steps), "cpu")
+        respaced = schedule.respaced(int(steps), arguments.device)
         out = sample(network, respaced, x, y, sampler=name.removesuffix("_eta1"), eta=float(name.endswith("_eta1")),
                      objective=arguments.objective, clip="clip" in rest)
     pixels = ((out.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).numpy(), y.numpy()
+    return pixels.permute(0, 2, 3, 1).cpu().numpy(), y.cpu().numpy()
 
 
 def write_samples(arguments, torch, trainer, schedule, step):
@@ -77,9 +80,10 @@ def write_samples(arguments, torch, trainer, schedule, step):
     torch._foreach_copy_([p.data for p in trainer.parameters], live)
 
 
-def train_and_sample(arguments, torch, model, schedule):
+def train_and_sample(arguments, torch, model, schedule, autocast):
     trainer = Trainer(model, schedule, lr=arguments.lr, betas=(0.9, arguments.beta2), weight_decay=arguments.weight_decay,
-                      ema=tuple(arguments.ema), objective=arguments.objective, clip_norm=arguments.clip_norm)
+                      ema=tuple(arguments.ema), objective=arguments.objective, clip_norm=arguments.clip_norm,
+                      autocast=autocast)
     batches = Batches(torch, arguments.train_digits, arguments.batch, arguments.seed)
     losses, spent = [], 0.0
     for step in range(arguments.steps):
@@ -88,10 +92,13 @@ def train_and_sample(arguments, torch, model, schedule):
         x, y = batches.next()
         t = draw_time(arguments, torch, len(y))
         y = torch.where(torch.rand(len(y)) < arguments.label_drop, arguments.classes, y)
-        losses.append(float(trainer.step(x, t, y, torch.randn_like(x))))
+        draws = (x, t, y, torch.randn_like(x))
+        losses.append(float(trainer.step(*(draw.to(arguments.device) for draw in draws))))
         spent += time.perf_counter() - start
         if (step + 1) % 100 == 0:
             print(f"step {step + 1}: loss {np.mean(losses[-100:]):.4f}, {1e3 * spent / (step + 1):.0f} ms a step", flush=True)
         if step + 1 in (*arguments.save_at, arguments.steps):
             write_samples(arguments, torch, trainer, schedule, step + 1)
+    if arguments.losses:
+        Path(arguments.losses).write_text(json.dumps(losses) + "\n")
     print(f"{arguments.steps} steps in {spent:.1f} s")

@@ -66,9 +66,11 @@ def parse_arguments():
     digits.add_argument("--objective", choices=["epsilon", "v", "flow"], default="epsilon")
     digits.add_argument("--betas", choices=["linear", "squaredcos"], default="linear")
     digits.add_argument("--time", choices=["uniform", "logit-normal"], default="uniform", help="of the flow objective")
-    digits.add_argument("--samplers", nargs="+", default=["ddim:100"], help="NAME:STEPS[:clip], NAME ddim ddim_eta1 ddpm dpm++ euler heun")
+    digits.add_argument("--samplers", nargs="*", default=["ddim:100"],
+                        help="NAME:STEPS[:clip], NAME ddim ddim_eta1 ddpm dpm++ euler heun; none draw no samples")
     digits.add_argument("--save-at", type=int, nargs="+", default=[], help="sample at these steps too")
     digits.add_argument("--per-class", type=int, default=50)
+    digits.add_argument("--losses", metavar="JSON", help="write the loss of every step, a list of numbers")
     return p.parse_args()
 
 
@@ -168,6 +170,14 @@ def compiled(torch, function, mode):
 
 def compile_mode_of(arguments):
     return "reduce-overhead" if arguments.cuda_graph else "default" if arguments.compile else None
+
+
+def compile_cache_use():
+    """How many compiled graphs came from Inductor's cache on disk and how many had to be compiled."""
+    from torch._dynamo.utils import counters
+
+    graphs = counters["inductor"]
+    return {"hits": graphs["fxgraph_cache_hit"], "misses": graphs["fxgraph_cache_miss"], "bypassed": graphs["fxgraph_cache_bypass"]}
 
 
 def step_work(arguments, torch, model, schedule, autocast):
@@ -339,7 +349,8 @@ def bench(arguments):
     report = {
         "engine": "torch", "version": torch.__version__, "mode": arguments.mode, "model": arguments.model, **model_sizes(arguments),
         "batch": arguments.batch, "dtype": arguments.dtype, "device": arguments.device, "threads": arguments.threads,
-        "compile": compile_mode_of(arguments), "arena": arguments.arena, "parameters": parameters,
+        "compile": compile_mode_of(arguments), "compile_cache": compile_cache_use() if compile_mode_of(arguments) else None,
+        "arena": arguments.arena, "parameters": parameters,
         "median_ms": median, "min_ms": min(times), "step_ms": times, "images_per_second": 1e3 * arguments.batch / median,
         "sdpa": arguments.sdpa, "device_name": torch.cuda.get_device_name() if arguments.device == "cuda" else None,
         "sampling_steps": arguments.sampling_steps if arguments.mode == "sample" else None,
@@ -364,7 +375,7 @@ def main():
     if arguments.train_digits:
         from digits import train_and_sample
 
-        train_and_sample(arguments, *build(arguments)[:3])
+        train_and_sample(arguments, *build(arguments))
     elif arguments.mode == "attention":
         bench_attention(arguments)
     else:
