@@ -138,8 +138,7 @@ impl<'a> Run<'a> {
         let recipe = self.trainer.recipe().clone();
         let total = recipe.train.steps as u64;
         while self.trainer.steps_done() < total && !self.stopping() {
-            let outcomes = self.trainer.step()?;
-            self.take(&outcomes)?;
+            self.take_from(Trainer::step)?;
             let step = self.trainer.steps_done();
             if is_due(step, recipe.train.checkpoint.every) {
                 self.finish_steps()?;
@@ -163,8 +162,15 @@ impl<'a> Run<'a> {
 
     /// Waits for the steps that are under way.
     fn finish_steps(&mut self) -> Result<()> {
-        let outcomes = self.trainer.finish_steps()?;
-        self.take(&outcomes)
+        self.take_from(Trainer::finish_steps)
+    }
+
+    /// Reports the outcomes that `advance` has, also when it then fails.
+    fn take_from(&mut self, advance: fn(&mut Trainer, &mut Vec<StepOutcome>) -> Result<()>) -> Result<()> {
+        let mut outcomes = Vec::new();
+        let result = advance(&mut self.trainer, &mut outcomes);
+        self.take(&outcomes)?;
+        result
     }
 
     fn take(&mut self, outcomes: &[StepOutcome]) -> Result<()> {

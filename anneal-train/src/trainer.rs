@@ -135,12 +135,21 @@ impl Trainer {
         Ok(Arc::new(target))
     }
 
-    /// Begins the next step. The outcomes that have come since the last call, in order: on the CPU this
+    /// Begins the next step. Adds the outcomes that have come since the last call, in order: on the CPU this
     /// step's; on a GPU, which is not waited for, those of steps before it.
     ///
     /// # Errors
-    /// Unusable data; memory; or too many steps in a row without a finite gradient.
-    pub fn step(&mut self) -> Result<Vec<StepOutcome>> {
+    /// Unusable data; memory; or too many steps in a row without a finite gradient. The outcomes of the steps
+    /// before are added all the same.
+    pub fn step(&mut self, outcomes: &mut Vec<StepOutcome>) -> Result<()> {
+        if let Err(error) = self.begin_step() {
+            self.finish_steps(outcomes)?;
+            return Err(error);
+        }
+        self.outcomes.arrived(STEPS_UNDER_WAY, outcomes)
+    }
+
+    fn begin_step(&mut self) -> Result<()> {
         let begun = Instant::now();
         let batch = self.loader.next_batch()?;
         let (images, labels) = (batch.images.clone(), batch.labels.clone());
@@ -148,15 +157,15 @@ impl Trainer {
         let figures = self.run_step(&images, &labels, learning_rate)?.read_later()?;
         self.step += 1;
         self.outcomes.push(Started { step: self.step, learning_rate, begun }, figures);
-        self.outcomes.arrived(STEPS_UNDER_WAY)
+        Ok(())
     }
 
-    /// Waits until all steps begun are done; the outcomes that [`Self::step`] has not returned.
+    /// Waits until all steps begun are done; adds the outcomes that [`Self::step`] has not.
     ///
     /// # Errors
     /// As [`Self::step`].
-    pub fn finish_steps(&mut self) -> Result<Vec<StepOutcome>> {
-        self.outcomes.arrived(0)
+    pub fn finish_steps(&mut self, outcomes: &mut Vec<StepOutcome>) -> Result<()> {
+        self.outcomes.arrived(0, outcomes)
     }
 
     /// The step's work, captured where it can be.
