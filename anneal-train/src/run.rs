@@ -32,6 +32,8 @@ pub struct PreviewImages {
     pub shape: [usize; 3],
     /// How they were made, for the picture's own record.
     pub caption: String,
+    /// What went otherwise than it should on the way.
+    pub warnings: Vec<String>,
 }
 
 /// Draws samples from weights; given by the caller, since this crate does not sample.
@@ -284,6 +286,9 @@ impl<'a> Run<'a> {
         self.trainer.release_captured_step();
         let images =
             (self.options.preview)(self.trainer.sampling_store(rate)?).map_err(TrainError::Preview)?;
+        for warning in &images.warnings {
+            self.progress.screen().suspend(|| eprintln!("warning: {warning}"));
+        }
         let picture = picture(&images)?;
         let samples = self.folder.join("samples");
         std::fs::create_dir_all(&samples)

@@ -53,7 +53,8 @@ fn bits((outcomes, weights): &(Vec<StepOutcome>, Vec<f32>)) -> Vec<u64> {
 fn assert_resumes(recipe: &Recipe) {
     let preview = |store: Arc<dyn ParamStore>| {
         let values = all_weights(&*store);
-        Ok(PreviewImages { shape: [1, 1, values.len()], values, count: 1, caption: String::new() })
+        let (shape, caption) = ([1, 1, values.len()], String::new());
+        Ok(PreviewImages { shape, values, count: 1, caption, warnings: Vec::new() })
     };
     let scratch = tempfile::tempdir().unwrap();
     let options = VerifyOptions { steps: 9, stop_at: 4 };

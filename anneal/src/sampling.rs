@@ -163,8 +163,9 @@ pub fn preview(
         batch: sample.num,
     };
     let pipeline = Pipeline { model, store, objective };
-    let Samples { values, shape, .. } = pipeline.sample(&request, &mut |_, _| ControlFlow::Continue(()))?;
-    Ok(PreviewImages { values, count: sample.num, shape, caption: settings.caption() })
+    let Samples { values, shape, warnings, .. } =
+        pipeline.sample(&request, &mut |_, _| ControlFlow::Continue(()))?;
+    Ok(PreviewImages { values, count: sample.num, shape, caption: settings.caption(), warnings })
 }
 
 #[cfg(test)]

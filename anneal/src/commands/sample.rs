@@ -89,6 +89,9 @@ pub fn draw(source: &Source, drawing: &Drawing, out: &Path) -> Result<()> {
     if let Some((bar, _)) = progress {
         bar.finish();
     }
+    for warning in &samples.warnings {
+        eprintln!("warning: {warning}");
+    }
     output::write(&samples, out, &drawing.settings.caption())
 }
 
