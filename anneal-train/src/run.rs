@@ -36,8 +36,12 @@ pub struct PreviewImages {
     pub warnings: Vec<String>,
 }
 
+/// Told how many of all parts of the samples' work are done.
+pub type DrawingProgress<'a> = dyn FnMut(usize, usize) + 'a;
+
 /// Draws samples from weights; given by the caller, since this crate does not sample.
-pub type Preview<'a> = dyn Fn(Arc<dyn ParamStore>) -> Result<PreviewImages, String> + 'a;
+pub type Preview<'a> =
+    dyn Fn(Arc<dyn ParamStore>, &mut DrawingProgress<'_>) -> Result<PreviewImages, String> + 'a;
 
 /// How a run is started.
 pub struct RunOptions<'a> {
@@ -112,7 +116,8 @@ impl<'a> Run<'a> {
         let (metrics, _) = MetricsLog::open(&folder.join("metrics.jsonl"), step)?;
         let mut events = EventWriter::create(&folder, step)?;
         events.text(step, "recipe", &verbatim(&yaml))?;
-        let progress = TrainProgress::new(options.show, recipe.train.steps as u64, step);
+        let (steps, draw_every) = (recipe.train.steps as u64, recipe.sample.every as u64);
+        let progress = TrainProgress::new(options.show, steps, step, draw_every);
         if step == 0 {
             progress.screen().println(&plan);
         } else {
@@ -282,19 +287,24 @@ impl<'a> Run<'a> {
 
     fn draw(&mut self) -> Result<()> {
         let step = self.trainer.steps_done();
+        self.progress.begin_drawing();
         let rate = sampling_rate(self.trainer.recipe());
         self.trainer.release_captured_step();
-        let images =
-            (self.options.preview)(self.trainer.sampling_store(rate)?).map_err(TrainError::Preview)?;
+        let store = self.trainer.sampling_store(rate)?;
+        let progress = &self.progress;
+        let images = (self.options.preview)(store, &mut |done, all| progress.drawing(done, all))
+            .map_err(TrainError::Preview)?;
         for warning in &images.warnings {
-            self.progress.screen().suspend(|| eprintln!("warning: {warning}"));
+            progress.screen().suspend(|| eprintln!("warning: {warning}"));
         }
         let picture = picture(&images)?;
         let samples = self.folder.join("samples");
         std::fs::create_dir_all(&samples)
             .map_err(anneal_weights::FileError::on("make the folder", &samples))?;
-        picture.write_png(&samples.join(format!("step-{step:08}.png")))?;
+        let file = samples.join(format!("step-{step:08}.png"));
+        picture.write_png(&file)?;
         self.events.image(step, "samples", &picture)?;
+        self.progress.drawn(&file);
         Ok(())
     }
 

@@ -144,7 +144,7 @@ fn trace(trainer: &Trainer, losses: Vec<f64>, preview: &Preview) -> Result<Trace
         }
     }
     let weights = trainer.sampling_store(sampling_rate(trainer.recipe()))?;
-    let samples = preview(Arc::clone(&weights)).map_err(TrainError::Preview)?.values;
+    let samples = preview(Arc::clone(&weights), &mut |_, _| ()).map_err(TrainError::Preview)?.values;
     Ok(Trace { losses, state, samples })
 }
 

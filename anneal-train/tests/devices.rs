@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anneal_nn::ParamStore;
 use anneal_recipe::Recipe;
 use anneal_testkit::{poisoned_cuda, skip_without};
-use anneal_train::run::PreviewImages;
+use anneal_train::run::{DrawingProgress, PreviewImages};
 use anneal_train::trainer::{StepOutcome, Trainer};
 use anneal_train::verify::{VerifyOptions, verify_resume};
 
@@ -51,7 +51,7 @@ fn bits((outcomes, weights): &(Vec<StepOutcome>, Vec<f32>)) -> Vec<u64> {
 
 /// Weights in place of pictures: this crate does not sample.
 fn assert_resumes(recipe: &Recipe) {
-    let preview = |store: Arc<dyn ParamStore>| {
+    let preview = |store: Arc<dyn ParamStore>, _: &mut DrawingProgress| {
         let values = all_weights(&*store);
         let (shape, caption) = ([1, 1, values.len()], String::new());
         Ok(PreviewImages { shape, values, count: 1, caption, warnings: Vec::new() })

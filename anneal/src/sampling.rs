@@ -10,7 +10,7 @@ use anneal_infer::{Pipeline, Request, Samples};
 use anneal_models::Denoiser;
 use anneal_nn::ParamStore;
 use anneal_recipe::{GuidanceMode, Recipe, Sample, Sampler};
-use anneal_train::run::PreviewImages;
+use anneal_train::run::{DrawingProgress, PreviewImages};
 use anneal_train::settings;
 use anyhow::{Context, Result, bail};
 
@@ -144,6 +144,7 @@ pub fn preview(
     recipe: &Recipe,
     model: Arc<dyn Denoiser>,
     store: Arc<dyn ParamStore>,
+    progress: &mut DrawingProgress,
 ) -> Result<PreviewImages> {
     let sample = &recipe.sample;
     let settings = SamplingSettings::of(sample);
@@ -163,8 +164,10 @@ pub fn preview(
         batch: sample.num,
     };
     let pipeline = Pipeline { model, store, objective };
-    let Samples { values, shape, warnings, .. } =
-        pipeline.sample(&request, &mut |_, _| ControlFlow::Continue(()))?;
+    let Samples { values, shape, warnings, .. } = pipeline.sample(&request, &mut |done, all| {
+        progress(done, all);
+        ControlFlow::Continue(())
+    })?;
     Ok(PreviewImages { values, count: sample.num, shape, caption: settings.caption(), warnings })
 }
 

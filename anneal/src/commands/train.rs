@@ -9,7 +9,7 @@ use anneal_recipe::Recipe;
 use anneal_train::plan::Plan;
 use anneal_train::report::progress::Show;
 use anneal_train::report::summary;
-use anneal_train::run::{self, RunOptions, RunReport};
+use anneal_train::run::{self, DrawingProgress, RunOptions, RunReport};
 use anneal_train::settings;
 use anyhow::{Context, Result, bail};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -84,8 +84,9 @@ fn run_recipe(recipe: &Recipe, quiet: bool, changed_recipe: bool) -> Result<(Run
     let (stop, signal) = catch_signals()?;
     let (model, _) = Dit::new(&settings::model_config(recipe)?)?;
     let model = Arc::new(model);
-    let preview =
-        |store| sampling::preview(recipe, model.clone(), store).map_err(|error| format!("{error:#}"));
+    let preview = |store, progress: &mut DrawingProgress| {
+        sampling::preview(recipe, model.clone(), store, progress).map_err(|error| format!("{error:#}"))
+    };
     let show = if quiet { Show::Nothing } else { Show::Auto };
     let report = run::run(recipe, &RunOptions { show, stop, preview: &preview, changed_recipe })?;
     let code = match signal.load(Ordering::Relaxed) {
