@@ -95,7 +95,8 @@ struct Run<'a> {
     folder: PathBuf,
     options: &'a RunOptions<'a>,
     metrics: MetricsLog,
-    events: EventWriter,
+    /// None if no step is left.
+    events: Option<EventWriter>,
     progress: TrainProgress,
     first_step: u64,
     saved_step: Option<u64>,
@@ -114,14 +115,16 @@ impl<'a> Run<'a> {
         let plan = Plan::new(&recipe)?.to_string();
         anneal_weights::write_atomic(&folder.join("plan.txt"), plan.as_bytes())?;
         let (metrics, _) = MetricsLog::open(&folder.join("metrics.jsonl"), step)?;
-        let mut events = EventWriter::create(&folder, step)?;
-        events.text(step, "recipe", &verbatim(&yaml))?;
         let (steps, draw_every) = (recipe.train.steps as u64, recipe.sample.every as u64);
+        let mut events = (step < steps).then(|| EventWriter::create(&folder, step)).transpose()?;
+        if let Some(events) = &mut events {
+            events.text(step, "recipe", &verbatim(&yaml))?;
+        }
         let progress = TrainProgress::new(options.show, steps, step, draw_every);
         if step == 0 {
             progress.screen().println(&plan);
-        } else {
-            let line = format!("continuing {} after step {step} of {}", folder.display(), recipe.train.steps);
+        } else if step < steps {
+            let line = format!("continuing {} after step {step} of {steps}", folder.display());
             progress.screen().println(&line);
         }
         let saved_step = (step > 0).then_some(step);
@@ -246,7 +249,9 @@ impl<'a> Run<'a> {
             ("speed/images_per_second", images_per_second as f32),
             ("memory/peak_bytes", memory_bytes as f32),
         ];
-        self.events.scalars(outcome.step, &scalars)?;
+        if let Some(events) = &mut self.events {
+            events.scalars(outcome.step, &scalars)?;
+        }
         Ok(())
     }
 
@@ -303,7 +308,9 @@ impl<'a> Run<'a> {
             .map_err(anneal_weights::FileError::on("make the folder", &samples))?;
         let file = samples.join(format!("step-{step:08}.png"));
         picture.write_png(&file)?;
-        self.events.image(step, "samples", &picture)?;
+        if let Some(events) = &mut self.events {
+            events.image(step, "samples", &picture)?;
+        }
         self.progress.drawn(&file);
         Ok(())
     }

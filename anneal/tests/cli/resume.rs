@@ -110,6 +110,19 @@ fn a_signal_saves_a_checkpoint_and_says_how_to_continue() {
 }
 
 #[test]
+fn a_complete_run_is_left_as_it_is() {
+    let folder = Folder::new();
+    folder.train("run", &[]).succeeds(&[]);
+    let (names, metrics) = (folder.names("run"), folder.text("run/metrics.jsonl"));
+    assert!(names.iter().any(|name| name.starts_with("events.out.tfevents.")), "{names:?}");
+    for command in [&["train", "tiny.yaml", "output=run"][..], &["resume", "run"]] {
+        let again = folder.anneal(command).succeeds(&["already complete at step 6; nothing to do"]);
+        assert!(!again.err.contains("continuing"), "{again:#?}");
+        assert_eq!((folder.names("run"), folder.text("run/metrics.jsonl")), (names.clone(), metrics.clone()));
+    }
+}
+
+#[test]
 fn workers_threads_and_chunks_do_not_change_a_bit() {
     let folder = Folder::new();
     let steps = ["train.steps=30", "data.flip=true"];
