@@ -81,6 +81,7 @@ pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<RunReport> {
     let mut trainer = Trainer::new(recipe)?;
     let mut warnings: Vec<String> = lock.warning().map(str::to_owned).into_iter().collect();
     warnings.extend(state::resume(&mut trainer, &folder, options.changed_recipe)?);
+    warnings.extend(trainer.data().warning());
     let mut run = Run::open(trainer, lock, folder, options)?;
     for warning in warnings {
         run.progress.screen().suspend(|| eprintln!("warning: {warning}"));
@@ -112,7 +113,7 @@ impl<'a> Run<'a> {
         let recipe = trainer.recipe().clone();
         let yaml = recipe.to_yaml();
         anneal_weights::write_atomic(&folder.join("recipe.yaml"), yaml.as_bytes())?;
-        let plan = Plan::new(&recipe)?.to_string();
+        let plan = Plan::new(&recipe)?.with_data(trainer.data()).to_string();
         anneal_weights::write_atomic(&folder.join("plan.txt"), plan.as_bytes())?;
         let (metrics, _) = MetricsLog::open(&folder.join("metrics.jsonl"), step)?;
         let (steps, draw_every) = (recipe.train.steps as u64, recipe.sample.every as u64);

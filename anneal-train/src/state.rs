@@ -15,10 +15,11 @@ use anneal_weights::{StoredDType, TensorSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, Checkpoint, RunLock};
+use crate::data::open_loader;
 use crate::error::{Result, TrainError};
 use crate::outcomes::Skipped;
 use crate::settings;
-use crate::trainer::{Trainer, open_loader};
+use crate::trainer::Trainer;
 
 /// The part of a checkpoint that is not tensors.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -12,13 +12,14 @@ use std::time::Instant;
 use anneal_data::{Cursor, Loader};
 use anneal_device::cuda::RepeatedWork;
 use anneal_diffusion::{Objective, TimeDensity, draw_label_drops, draw_timesteps};
-use anneal_models::dit::{Dit, DitConfig};
+use anneal_models::dit::Dit;
 use anneal_models::{Conditioning, Denoiser};
 use anneal_nn::{Forward, ParamStore, ResidentStore, StoreOptions};
 use anneal_optim::{AdamW, LearningRate};
 use anneal_recipe::{Model, Recipe};
 use anneal_tensor::{Device, Tape, Tensor, ops};
 
+use crate::data::{self, DataSummary, open_loader};
 use crate::error::{Result, TrainError};
 pub use crate::outcomes::StepOutcome;
 use crate::outcomes::{DeviceFigures, Outcomes, PendingFigures, Started};
@@ -59,7 +60,7 @@ impl Trainer {
         store.initialise(recipe.seed)?;
         let optimizer = AdamW::new(&*store, settings::optimizer(recipe))?;
         let loader = open_loader(recipe, Cursor::start(recipe.seed))?;
-        check_data(recipe, model.config(), &loader)?;
+        data::check(recipe, model.config(), &loader)?;
         Ok(Self {
             recipe: recipe.clone(),
             device,
@@ -94,6 +95,11 @@ impl Trainer {
 
     pub fn optimizer(&self) -> &AdamW {
         &self.optimizer
+    }
+
+    /// What it trains on.
+    pub fn data(&self) -> DataSummary {
+        DataSummary::new(&self.recipe, self.loader.dataset())
     }
 
     /// Steps begun; all of them are done once [`Self::finish_steps`] returns.
@@ -233,30 +239,4 @@ impl Trainer {
         }
         Ok(losses.total.detach())
     }
-}
-
-/// A loader of the recipe's data from a cursor on.
-pub(crate) fn open_loader(recipe: &Recipe, cursor: Cursor) -> Result<Loader> {
-    let dataset = anneal_data::open(&settings::data_source(recipe))?;
-    Ok(Loader::new(dataset, &settings::loader(recipe), cursor)?)
-}
-
-fn check_data(recipe: &Recipe, config: &DitConfig, loader: &Loader) -> Result<()> {
-    let [height, width] = config.image_size;
-    let expected = [config.channels, height, width];
-    if loader.shape() != expected {
-        let message = format!(
-            "the model sees images of {expected:?} (channels, height, width), but the data gives {:?}: set data.image_size and data.channels, or model.image_size and model.channels",
-            loader.shape()
-        );
-        return Err(TrainError::Settings { message });
-    }
-    if !recipe.train.batch.is_multiple_of(recipe.train.accumulate) {
-        let message = format!(
-            "train.batch {} is not a multiple of train.accumulate {}",
-            recipe.train.batch, recipe.train.accumulate
-        );
-        return Err(TrainError::Settings { message });
-    }
-    Ok(())
 }

@@ -4,8 +4,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use anneal_data::DataError;
 use anneal_models::dit::Dit;
 use anneal_recipe::Recipe;
+use anneal_train::TrainError;
+use anneal_train::data::DataSummary;
 use anneal_train::plan::Plan;
 use anneal_train::report::progress::Show;
 use anneal_train::report::summary;
@@ -28,12 +31,26 @@ pub fn train(arguments: &Train) -> Result<ExitCode> {
     let mut recipe = Recipe::load(&arguments.recipe, &arguments.overrides)?;
     recipe.memory_limit = arguments.memory_limit.or(recipe.memory_limit);
     if arguments.plan {
-        print!("{}", Plan::new(&recipe)?);
-        return Ok(ExitCode::SUCCESS);
+        return plan(&recipe);
     }
     let (report, code) = run_recipe(&recipe, arguments.quiet, false)?;
     print_report(&recipe, &report);
     Ok(code)
+}
+
+/// Says what would be trained; fails where training would, except that the data may be elsewhere.
+fn plan(recipe: &Recipe) -> Result<ExitCode> {
+    let plan = Plan::new(recipe)?;
+    let (plan, result) = match DataSummary::open(recipe) {
+        Ok((data, warnings)) => (plan.with_data(data), Ok(warnings)),
+        Err(TrainError::Data(missing @ DataError::NotFound { .. })) => (plan, Ok(vec![missing.to_string()])),
+        Err(error) => (plan, Err(error)),
+    };
+    print!("{plan}");
+    for warning in result? {
+        eprintln!("warning: {warning}");
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 pub fn resume(arguments: &Resume) -> Result<ExitCode> {

@@ -58,7 +58,11 @@ fn the_shipped_recipes_make_plans() {
     for entry in std::fs::read_dir(recipes).unwrap() {
         let path = entry.unwrap().path();
         let plan = folder.anneal(&["train", path.to_str().unwrap(), "--plan"]);
-        plan.succeeds(&["parameters", "training", "device"]);
+        let plan = plan.succeeds(&["parameters", "training", "device"]);
+        match path.file_name().unwrap().to_string_lossy().contains("digits") {
+            true => assert!(plan.out.contains("built-in digits: 1,797 images, 10 classes"), "{plan:#?}"),
+            false => assert!(plan.err.contains("no such file or folder; check the path"), "{plan:#?}"),
+        }
         count += 1;
     }
     assert!(count >= 4, "{count} recipes");
