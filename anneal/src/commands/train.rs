@@ -28,7 +28,10 @@ const DIGITS: &str = include_str!("../../../recipes/digits.yaml");
 const QUICKSTART_SAMPLES: usize = 100;
 
 pub fn train(arguments: &Train) -> Result<ExitCode> {
-    let mut recipe = Recipe::load(&arguments.recipe, &arguments.overrides)?;
+    let mut overrides = arguments.overrides.clone();
+    overrides.extend(arguments.device.as_deref().map(on_device));
+    overrides.extend(arguments.steps.map(|steps| format!("train.steps={steps}")));
+    let mut recipe = Recipe::load(&arguments.recipe, &overrides)?;
     recipe.memory_limit = arguments.memory_limit.or(recipe.memory_limit);
     if arguments.plan {
         return plan(&recipe);
@@ -36,6 +39,11 @@ pub fn train(arguments: &Train) -> Result<ExitCode> {
     let (report, code) = run_recipe(&recipe, arguments.quiet, false)?;
     print_report(&recipe, &report);
     Ok(code)
+}
+
+/// The change of a recipe that a flag `--device` stands for.
+fn on_device(device: &str) -> String {
+    format!("device={}", serde_json::Value::from(device))
 }
 
 /// Says what would be trained; fails where training would, except that the data may be elsewhere.
@@ -67,10 +75,8 @@ pub fn resume(arguments: &Resume) -> Result<ExitCode> {
 }
 
 pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
-    let mut overrides = vec![
-        format!("output={}", serde_json::to_string(&arguments.output)?),
-        format!("device={}", serde_json::to_string(&arguments.device)?),
-    ];
+    let mut overrides =
+        vec![format!("output={}", serde_json::to_string(&arguments.output)?), on_device(&arguments.device)];
     overrides.extend(arguments.overrides.iter().cloned());
     let mut recipe = Recipe::from_yaml(DIGITS, "recipes/digits.yaml", &overrides)?;
     recipe.memory_limit = arguments.memory_limit.or(recipe.memory_limit);
