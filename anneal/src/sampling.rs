@@ -13,9 +13,10 @@ use anneal_recipe::{GuidanceMode, Recipe, Sample, Sampler};
 use anneal_train::run::{DrawingProgress, PreviewImages};
 use anneal_train::settings;
 use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 
-/// How samples are drawn, whatever asked for them.
-#[derive(Clone, Debug, PartialEq)]
+/// How samples are drawn, whatever asked for them. Files of weights carry the parts that no scheduler's configuration has.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SamplingSettings {
     pub sampler: Sampler,
     pub steps: usize,
@@ -24,8 +25,10 @@ pub struct SamplingSettings {
     pub guidance: f64,
     pub guidance_mode: GuidanceMode,
     /// Keeps estimates of the clean image within plus or minus this: for pixels, not for latents.
+    #[serde(skip)]
     pub clip: Option<f64>,
     /// How DDIM spreads its steps, if not in its usual way.
+    #[serde(skip)]
     pub spacing: Option<Spacing>,
 }
 
