@@ -211,6 +211,10 @@ impl Loader {
         Ok(loader)
     }
 
+    pub fn dataset(&self) -> &dyn Dataset {
+        &*self.shared.preparer.dataset
+    }
+
     /// [channels, height, width] of every row.
     pub fn shape(&self) -> [usize; 3] {
         self.shared.preparer.shape_chw

@@ -94,6 +94,30 @@ fn a_captured_step_runs_again_with_new_inputs() {
     assert_eq!(read(&cuda, &step(&cuda, &x, 3.0).unwrap(), x.len()), expected(&x, 3.0), "eager again");
 }
 
+/// What is uploaded inside is sent ahead of the captured work, which reads a block of before until that is given back.
+#[test]
+fn an_upload_does_not_lie_where_a_captured_step_reads() {
+    let Some(cuda) = device("uploads of captured steps") else { return };
+    let x: Vec<f32> = (0..1000).map(|i| i as f32).collect();
+    let before = cuda.upload(&bytes(&x), Purpose::Activations).unwrap();
+    // Whatever is made once is made outside.
+    let kernel = cuda.kernel(&SOURCE, "multiply_add", &[("OFFSET", "1.0f".into())]).unwrap();
+    let captured = cuda.capture(|| -> Result<_, DeviceError> {
+        let factor = cuda.upload(&bytes(&[2.0]), Purpose::Activations)?;
+        let y = Device::Cuda(cuda.clone()).allocate(4 * x.len(), Purpose::Activations)?;
+        let arguments = Arguments::new().with(before.as_ptr()).with(factor.as_ptr()).with(y.as_ptr());
+        // SAFETY: the arguments are the kernel's.
+        unsafe { cuda.launch(kernel, Launch::new(8, 128), arguments.with(x.len() as i32))? };
+        drop(before);
+        let late = cuda.upload(&bytes(&[9.0; 1000]), Purpose::Activations)?;
+        Ok((y, late))
+    });
+    let ((y, late), _graph) = captured.unwrap();
+    let expected: Vec<f32> = x.iter().map(|x| 2.0 * x + 1.0).collect();
+    assert_eq!(read(&cuda, &y, x.len()), expected);
+    assert_eq!(read(&cuda, &late, x.len()), [9.0; 1000]);
+}
+
 #[test]
 fn memory_is_counted_limited_and_at_the_same_place_each_time() {
     let Some(cuda) = device("memory") else { return };

@@ -48,4 +48,11 @@ impl<'a> ModelCalls<'a> {
         ops::overwrite(fixed, image)?;
         work.run(cuda, || model.forward(forward, fixed, timesteps, &conditioning))
     }
+
+    /// Why calls are no longer captured; told once.
+    pub fn take_warnings(&mut self) -> Vec<String> {
+        let problems = self.captured.values_mut().filter_map(|call| call.work.take_problem());
+        let told = |why| format!("model calls are no longer captured, which costs time: {why}");
+        problems.map(told).collect()
+    }
 }

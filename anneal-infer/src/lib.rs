@@ -62,6 +62,8 @@ pub struct Samples {
     /// `[C, H, W]` of one sample.
     pub shape: [usize; 3],
     pub labels: Vec<i64>,
+    /// What went otherwise than it should, though the samples are right.
+    pub warnings: Vec<String>,
 }
 
 impl Pipeline {
@@ -87,7 +89,7 @@ impl Pipeline {
                 |done: usize| progress(index * sampler.calls() + done, batches * sampler.calls());
             values.extend(self.sample_batch(request, &sampler, &mut calls, rows, &mut report)?);
         }
-        Ok(Samples { values, shape, labels: request.labels.clone() })
+        Ok(Samples { values, shape, labels: request.labels.clone(), warnings: calls.take_warnings() })
     }
 
     fn sample_batch(

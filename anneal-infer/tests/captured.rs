@@ -9,9 +9,10 @@ use anneal_diffusion::{
 };
 use anneal_infer::{Pipeline, Request, Samples};
 use anneal_models::dit::{Dit, DitConfig};
-use anneal_nn::{ParamStore, ResidentStore, StoreOptions};
+use anneal_models::{Conditioning, Denoiser};
+use anneal_nn::{Forward, ParamStore, ResidentStore, StoreOptions};
 use anneal_tensor::rng::{Purpose, Stream};
-use anneal_tensor::{DType, Device};
+use anneal_tensor::{DType, Device, Result, Tensor};
 use anneal_testkit::{poisoned_cpu, poisoned_cuda, skip_without};
 
 fn pipeline(device: &Device) -> Pipeline {
@@ -78,5 +79,54 @@ fn replayed_model_calls_give_the_samples_of_the_cpu() {
             assert!((a - b).abs() < 1e-3, "{method:?}, number {index}: {b} for {a}");
         }
         assert_eq!(gpu, sample(&on_gpu, &request), "{method:?}: two runs differ");
+    }
+}
+
+/// A model that looks at its output, which no captured work may.
+struct Looking(Arc<dyn Denoiser>);
+
+impl Denoiser for Looking {
+    fn forward(
+        &self,
+        forward: &Forward,
+        image: &Tensor,
+        timesteps: &[f32],
+        conditioning: &Conditioning,
+    ) -> Result<Tensor> {
+        let output = self.0.forward(forward, image, timesteps, conditioning)?;
+        assert!(output.to_vec::<f32>()?.iter().all(|value| value.is_finite()));
+        Ok(output)
+    }
+
+    fn image_shape(&self) -> [usize; 3] {
+        self.0.image_shape()
+    }
+
+    fn classes(&self) -> usize {
+        self.0.classes()
+    }
+
+    fn null_label(&self) -> i64 {
+        self.0.null_label()
+    }
+
+    fn learns_sigma(&self) -> bool {
+        self.0.learns_sigma()
+    }
+}
+
+#[test]
+fn a_model_that_cannot_be_captured_gives_its_samples_and_says_so() {
+    let Some(turn) = poisoned_cuda() else { return skip_without("CUDA device", "what cannot be captured") };
+    let plain = pipeline(&turn.device);
+    let looking = Pipeline { model: Arc::new(Looking(plain.model.clone())), ..plain.clone() };
+    let request = request(Method::Ddim { eta: 0.0 }, GuidanceShape::Constant);
+    let (expected, got) = (sample(&plain, &request), sample(&looking, &request));
+    assert_eq!(got.values, expected.values);
+    assert_eq!(expected.warnings, Vec::<String>::new());
+    // Once for each number of rows.
+    assert_eq!(got.warnings.len(), 2, "{:?}", got.warnings);
+    for warning in &got.warnings {
+        assert!(warning.contains("no longer captured") && warning.contains("read on the host"), "{warning}");
     }
 }

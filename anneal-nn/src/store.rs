@@ -46,11 +46,15 @@ pub trait ParamStore: Send + Sync {
     /// A chunk of [`Self::layout`], for the optimizer and for checkpoints.
     fn chunk(&self, index: usize) -> Result<Chunk>;
 
+    /// A parameter's weights where they lie in their chunk, `[elements]` in the compute dtype.
+    fn piece(&self, id: ParamId) -> Result<Tensor> {
+        let slot = self.layout().slot(id);
+        self.chunk(slot.chunk)?.weights.piece(slot.offset, &[slot.elements])
+    }
+
     /// The present values of a parameter in f32.
     fn read(&self, id: ParamId) -> Result<Vec<f32>> {
-        let slot = self.layout().slot(id);
-        let piece = self.chunk(slot.chunk)?.weights.piece(slot.offset, &[slot.elements])?;
-        ops::cast(&piece, DType::F32)?.to_vec()
+        ops::cast(&self.piece(id)?, DType::F32)?.to_vec()
     }
 
     /// Replaces a parameter's values, rounding to the compute dtype.
@@ -58,16 +62,15 @@ pub trait ParamStore: Send + Sync {
     /// # Errors
     /// If the number of values is not the parameter's.
     fn write(&self, id: ParamId, values: &[f32]) -> Result<()> {
-        let slot = self.layout().slot(id);
-        if values.len() != slot.elements {
+        let elements = self.layout().slot(id).elements;
+        if values.len() != elements {
             let name = &self.parameters().spec(id).name;
-            let message = format!("{} values for {name}, which has {}", values.len(), slot.elements);
+            let message = format!("{} values for {name}, which has {elements}", values.len());
             return Err(TensorError::Store { message });
         }
-        let piece = self.chunk(slot.chunk)?.weights.piece(slot.offset, &[slot.elements])?;
         let values =
             ops::cast(&Tensor::from_slice(self.device(), values, &[values.len()])?, self.compute_dtype())?;
-        ops::overwrite(&piece, &values)
+        ops::overwrite(&self.piece(id)?, &values)
     }
 }
 

@@ -143,6 +143,39 @@ fn weights_are_the_rounded_masters() {
     });
 }
 
+/// Also into chunks that are cut otherwise, and without a way over the host.
+#[test]
+fn an_average_is_copied_into_the_store_that_samples_are_drawn_from() {
+    on_every_device("copied averages", |device| {
+        let mut training = Training::new(device, DType::BF16, options(false));
+        training.steps();
+        for compute_dtype in [DType::F32, DType::BF16] {
+            let sizes = StoreOptions { compute_dtype, chunk_elements: 1 << 20, train: false };
+            let target = ResidentStore::new(training.store.parameters().clone(), device, sizes).unwrap();
+            let waits = waits(device);
+            training.optimizer.copy_average(&training.store, 1, &target).unwrap();
+            assert_eq!(self::waits(device), waits, "the host does not wait");
+            for (id, spec) in target.parameters().iter() {
+                let average = training.optimizer.read(&training.store, State::Average(1), id).unwrap();
+                let expected = average.unwrap_or_else(|| training.store.read(id).unwrap());
+                let rounded = |value: &f32| match compute_dtype {
+                    DType::BF16 => anneal_tensor::half::bf16::from_f32(*value).to_f32(),
+                    _ => *value,
+                };
+                let expected: Vec<f32> = expected.iter().map(rounded).collect();
+                assert!(target.read(id).unwrap() == expected, "{} in {compute_dtype:?}", spec.name);
+            }
+        }
+    });
+}
+
+fn waits(device: &Device) -> u64 {
+    match device {
+        Device::Cpu(_) => 0,
+        Device::Cuda(cuda) => cuda.waits(),
+    }
+}
+
 #[test]
 fn a_gradient_that_is_not_finite_changes_nothing_but_the_loss_scale() {
     on_every_device("a skipped step of AdamW", |device| {

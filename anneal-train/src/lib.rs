@@ -6,6 +6,7 @@
 //! Deliberately absent: sampling (the caller gives a [`run::Preview`]), HTTP, the job store.
 
 pub mod checkpoint;
+pub mod data;
 mod error;
 mod outcomes;
 pub mod plan;

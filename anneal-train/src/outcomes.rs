@@ -115,33 +115,33 @@ impl<F: Figures> Outcomes<F> {
         self.queue.is_empty()
     }
 
-    /// The outcomes that have come; waits for the oldest while more than `most` steps are under way.
+    /// Adds the outcomes that have come; waits for the oldest while more than `most` steps are under way.
     ///
     /// # Errors
-    /// If the limit of skipped steps is reached; what went wrong on the device.
-    pub fn arrived(&mut self, most: usize) -> Result<Vec<StepOutcome>> {
-        let mut outcomes = Vec::new();
+    /// If the limit of skipped steps is reached; what went wrong on the device. The outcomes before the error,
+    /// and that of the step that reached the limit, are added all the same.
+    pub fn arrived(&mut self, most: usize, outcomes: &mut Vec<StepOutcome>) -> Result<()> {
         while let Some((_, figures)) = self.queue.front() {
             if self.queue.len() <= most && !figures.ready()? {
                 break;
             }
             let (started, figures) = self.queue.pop_front().expect("there is a front");
             let (loss, report) = figures.wait()?;
-            outcomes.push(self.outcome(started, loss, report)?);
+            outcomes.push(self.outcome(started, loss, report));
+            if self.skipped.in_a_row >= self.limit as u64 {
+                return Err(TrainError::Diverged { limit: self.limit, step: started.step });
+            }
         }
-        Ok(outcomes)
+        Ok(())
     }
 
-    fn outcome(&mut self, started: Started, loss: f64, report: StepReport) -> Result<StepOutcome> {
+    fn outcome(&mut self, started: Started, loss: f64, report: StepReport) -> StepOutcome {
         let Started { step, learning_rate, begun } = started;
         let now = Instant::now();
         let since = self.last.replace(now).map_or(begun, |last| last.max(begun));
         self.skipped.in_a_row = if report.skipped { self.skipped.in_a_row + 1 } else { 0 };
         self.skipped.in_all += u64::from(report.skipped);
-        if self.skipped.in_a_row >= self.limit as u64 {
-            return Err(TrainError::Diverged { limit: self.limit, step });
-        }
-        Ok(StepOutcome {
+        StepOutcome {
             step,
             loss,
             gradient_norm: report.gradient_norm,
@@ -150,7 +150,7 @@ impl<F: Figures> Outcomes<F> {
             skipped: report.skipped,
             skipped_so_far: self.skipped.in_all,
             seconds: (now - since).as_secs_f64(),
-        })
+        }
     }
 }
 
@@ -196,7 +196,9 @@ mod tests {
         }
 
         fn arrived(&mut self, most: usize) -> Vec<u64> {
-            self.outcomes.arrived(most).unwrap().iter().map(|outcome| outcome.step).collect()
+            let mut outcomes = Vec::new();
+            self.outcomes.arrived(most, &mut outcomes).unwrap();
+            outcomes.iter().map(|outcome| outcome.step).collect()
         }
     }
 
@@ -222,13 +224,25 @@ mod tests {
         for (step, finite) in [(1, false), (2, false), (3, true), (4, false)] {
             simulation.push(step, finite);
         }
-        let outcomes = simulation.outcomes.arrived(0).unwrap();
+        let mut outcomes = Vec::new();
+        simulation.outcomes.arrived(0, &mut outcomes).unwrap();
         let skipped: Vec<u64> = outcomes.iter().map(|outcome| outcome.skipped_so_far).collect();
         assert_eq!(skipped, [1, 2, 2, 3]);
         assert_eq!(simulation.outcomes.skipped, Skipped { in_all: 3, in_a_row: 1 });
-        simulation.push(5, false);
-        simulation.push(6, false);
-        let error = simulation.outcomes.arrived(0).unwrap_err();
-        assert!(matches!(error, TrainError::Diverged { limit: 3, step: 6 }), "{error}");
+    }
+
+    /// A GPU's steps come several at a time: those before the one that ends the run must not get lost.
+    #[test]
+    fn what_came_before_an_error_is_reported() {
+        let mut simulation = Simulation::new(2);
+        for (step, finite) in [(1, true), (2, false), (3, false), (4, false)] {
+            simulation.push(step, finite);
+        }
+        let mut outcomes = Vec::new();
+        let error = simulation.outcomes.arrived(0, &mut outcomes).unwrap_err();
+        assert!(matches!(error, TrainError::Diverged { limit: 2, step: 3 }), "{error}");
+        let reported: Vec<(u64, bool)> =
+            outcomes.iter().map(|outcome| (outcome.step, outcome.skipped)).collect();
+        assert_eq!(reported, [(1, false), (2, true), (3, true)]);
     }
 }

@@ -7,6 +7,7 @@ use anneal_nn::ChunkLayout;
 use anneal_recipe::{Model, Recipe};
 use anneal_tensor::DType;
 
+use crate::data::DataSummary;
 use crate::error::Result;
 use crate::report::summary::{self, Align, Table};
 use crate::settings;
@@ -19,6 +20,7 @@ pub struct Plan {
     parameters: usize,
     tensors: usize,
     chunks: usize,
+    data: Option<DataSummary>,
     pub memory: PredictedMemory,
 }
 
@@ -64,8 +66,14 @@ impl Plan {
             parameters: parameters.elements(),
             tensors: parameters.len(),
             chunks: layout.chunks().len(),
+            data: None,
             memory,
         })
+    }
+
+    /// The same, with what is known of the data.
+    pub fn with_data(self, data: DataSummary) -> Self {
+        Self { data: Some(data), ..self }
     }
 
     fn model_line(&self) -> String {
@@ -130,6 +138,9 @@ impl fmt::Display for Plan {
         let recipe = &self.recipe;
         let mut table = Table::new([("plan", Align::Left), (&recipe.name, Align::Left)]);
         table.row(["model", &self.model_line()]);
+        if let Some(data) = &self.data {
+            table.row(["data", &data.to_string()]);
+        }
         table.row(["training", &self.steps_line()]);
         table.row(["device", &format!("{}, {:?}", recipe.device, recipe.train.precision).to_lowercase()]);
         table.row(["run folder", &recipe.output.display().to_string()]);

@@ -32,10 +32,16 @@ pub struct PreviewImages {
     pub shape: [usize; 3],
     /// How they were made, for the picture's own record.
     pub caption: String,
+    /// What went otherwise than it should on the way.
+    pub warnings: Vec<String>,
 }
 
+/// Told how many of all parts of the samples' work are done.
+pub type DrawingProgress<'a> = dyn FnMut(usize, usize) + 'a;
+
 /// Draws samples from weights; given by the caller, since this crate does not sample.
-pub type Preview<'a> = dyn Fn(Arc<dyn ParamStore>) -> Result<PreviewImages, String> + 'a;
+pub type Preview<'a> =
+    dyn Fn(Arc<dyn ParamStore>, &mut DrawingProgress<'_>) -> Result<PreviewImages, String> + 'a;
 
 /// How a run is started.
 pub struct RunOptions<'a> {
@@ -75,6 +81,7 @@ pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<RunReport> {
     let mut trainer = Trainer::new(recipe)?;
     let mut warnings: Vec<String> = lock.warning().map(str::to_owned).into_iter().collect();
     warnings.extend(state::resume(&mut trainer, &folder, options.changed_recipe)?);
+    warnings.extend(trainer.data().warning());
     let mut run = Run::open(trainer, lock, folder, options)?;
     for warning in warnings {
         run.progress.screen().suspend(|| eprintln!("warning: {warning}"));
@@ -89,7 +96,8 @@ struct Run<'a> {
     folder: PathBuf,
     options: &'a RunOptions<'a>,
     metrics: MetricsLog,
-    events: EventWriter,
+    /// None if no step is left.
+    events: Option<EventWriter>,
     progress: TrainProgress,
     first_step: u64,
     saved_step: Option<u64>,
@@ -105,16 +113,19 @@ impl<'a> Run<'a> {
         let recipe = trainer.recipe().clone();
         let yaml = recipe.to_yaml();
         anneal_weights::write_atomic(&folder.join("recipe.yaml"), yaml.as_bytes())?;
-        let plan = Plan::new(&recipe)?.to_string();
+        let plan = Plan::new(&recipe)?.with_data(trainer.data()).to_string();
         anneal_weights::write_atomic(&folder.join("plan.txt"), plan.as_bytes())?;
         let (metrics, _) = MetricsLog::open(&folder.join("metrics.jsonl"), step)?;
-        let mut events = EventWriter::create(&folder, step)?;
-        events.text(step, "recipe", &verbatim(&yaml))?;
-        let progress = TrainProgress::new(options.show, recipe.train.steps as u64, step);
+        let (steps, draw_every) = (recipe.train.steps as u64, recipe.sample.every as u64);
+        let mut events = (step < steps).then(|| EventWriter::create(&folder, step)).transpose()?;
+        if let Some(events) = &mut events {
+            events.text(step, "recipe", &verbatim(&yaml))?;
+        }
+        let progress = TrainProgress::new(options.show, steps, step, draw_every);
         if step == 0 {
             progress.screen().println(&plan);
-        } else {
-            let line = format!("continuing {} after step {step} of {}", folder.display(), recipe.train.steps);
+        } else if step < steps {
+            let line = format!("continuing {} after step {step} of {steps}", folder.display());
             progress.screen().println(&line);
         }
         let saved_step = (step > 0).then_some(step);
@@ -138,8 +149,7 @@ impl<'a> Run<'a> {
         let recipe = self.trainer.recipe().clone();
         let total = recipe.train.steps as u64;
         while self.trainer.steps_done() < total && !self.stopping() {
-            let outcomes = self.trainer.step()?;
-            self.take(&outcomes)?;
+            self.take_from(Trainer::step)?;
             let step = self.trainer.steps_done();
             if is_due(step, recipe.train.checkpoint.every) {
                 self.finish_steps()?;
@@ -163,8 +173,15 @@ impl<'a> Run<'a> {
 
     /// Waits for the steps that are under way.
     fn finish_steps(&mut self) -> Result<()> {
-        let outcomes = self.trainer.finish_steps()?;
-        self.take(&outcomes)
+        self.take_from(Trainer::finish_steps)
+    }
+
+    /// Reports the outcomes that `advance` has, also when it then fails.
+    fn take_from(&mut self, advance: fn(&mut Trainer, &mut Vec<StepOutcome>) -> Result<()>) -> Result<()> {
+        let mut outcomes = Vec::new();
+        let result = advance(&mut self.trainer, &mut outcomes);
+        self.take(&outcomes)?;
+        result
     }
 
     fn take(&mut self, outcomes: &[StepOutcome]) -> Result<()> {
@@ -233,7 +250,9 @@ impl<'a> Run<'a> {
             ("speed/images_per_second", images_per_second as f32),
             ("memory/peak_bytes", memory_bytes as f32),
         ];
-        self.events.scalars(outcome.step, &scalars)?;
+        if let Some(events) = &mut self.events {
+            events.scalars(outcome.step, &scalars)?;
+        }
         Ok(())
     }
 
@@ -274,16 +293,26 @@ impl<'a> Run<'a> {
 
     fn draw(&mut self) -> Result<()> {
         let step = self.trainer.steps_done();
+        self.progress.begin_drawing();
         let rate = sampling_rate(self.trainer.recipe());
         self.trainer.release_captured_step();
-        let images =
-            (self.options.preview)(self.trainer.sampling_store(rate)?).map_err(TrainError::Preview)?;
+        let store = self.trainer.sampling_store(rate)?;
+        let progress = &self.progress;
+        let images = (self.options.preview)(store, &mut |done, all| progress.drawing(done, all))
+            .map_err(TrainError::Preview)?;
+        for warning in &images.warnings {
+            progress.screen().suspend(|| eprintln!("warning: {warning}"));
+        }
         let picture = picture(&images)?;
         let samples = self.folder.join("samples");
         std::fs::create_dir_all(&samples)
             .map_err(anneal_weights::FileError::on("make the folder", &samples))?;
-        picture.write_png(&samples.join(format!("step-{step:08}.png")))?;
-        self.events.image(step, "samples", &picture)?;
+        let file = samples.join(format!("step-{step:08}.png"));
+        picture.write_png(&file)?;
+        if let Some(events) = &mut self.events {
+            events.image(step, "samples", &picture)?;
+        }
+        self.progress.drawn(&file);
         Ok(())
     }
 

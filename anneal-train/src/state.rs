@@ -15,9 +15,11 @@ use anneal_weights::{StoredDType, TensorSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, Checkpoint, RunLock};
+use crate::data::open_loader;
 use crate::error::{Result, TrainError};
 use crate::outcomes::Skipped;
-use crate::trainer::{Trainer, open_loader};
+use crate::settings;
+use crate::trainer::Trainer;
 
 /// The part of a checkpoint that is not tensors.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -119,7 +121,7 @@ pub fn save(trainer: &Trainer, lock: &RunLock) -> Result<()> {
 }
 
 /// Continues a trainer from the newest whole checkpoint of a run, if there is one; warnings about
-/// damaged ones.
+/// damaged ones, and about a learning rate that rises again.
 ///
 /// # Errors
 /// If the recipe differs from the checkpoint's in what it trains, unless `changed_recipe`.
@@ -127,7 +129,8 @@ pub fn resume(trainer: &mut Trainer, run: &Path, changed_recipe: bool) -> Result
     let newest = checkpoint::open_newest_whole(run)?;
     let Some(checkpoint) = newest.checkpoint else { return Ok(newest.warnings) };
     let saved = SavedState::of(&checkpoint)?;
-    check_same_recipe(&saved.recipe()?, &trainer.recipe, run, changed_recipe)?;
+    let old_recipe = saved.recipe()?;
+    check_same_recipe(&old_recipe, &trainer.recipe, run, changed_recipe)?;
     let store: &dyn ParamStore = &*trainer.store;
     let read = |group: &str, name: &str| checkpoint.read(group, name);
     for (id, spec) in store.parameters().iter() {
@@ -151,7 +154,25 @@ pub fn resume(trainer: &mut Trainer, run: &Path, changed_recipe: bool) -> Result
     trainer.step = saved.step;
     trainer.outcomes.skipped = Skipped { in_all: saved.skipped, in_a_row: saved.skipped_in_a_row };
     trainer.loader = open_loader(&trainer.recipe, saved.cursor)?;
-    Ok(newest.warnings)
+    let mut warnings = newest.warnings;
+    warnings.extend(rising_rate(&old_recipe, &trainer.recipe, saved.step));
+    Ok(warnings)
+}
+
+/// A warning if more steps stretch a schedule that has fallen, so that its rate rises again.
+fn rising_rate(old: &Recipe, new: &Recipe, step: u64) -> Option<String> {
+    if old.train.steps == new.train.steps || old.optim != new.optim {
+        return None;
+    }
+    let last = settings::learning_rate(old).at(step.saturating_sub(1));
+    let next = settings::learning_rate(new).at(step);
+    (step > old.optim.warmup as u64 && next > last).then(|| {
+        format!(
+            "train.steps={} stretches the cosine: the learning rate, {last:.1e} at step {step}, rises to {next:.1e} again; to go on with a low one, give optim.schedule=constant optim.lr={:.1e} too",
+            new.train.steps,
+            new.optim.lr / 10.0
+        )
+    })
 }
 
 /// Keys that say where and how it is trained, not what.

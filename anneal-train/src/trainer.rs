@@ -12,13 +12,14 @@ use std::time::Instant;
 use anneal_data::{Cursor, Loader};
 use anneal_device::cuda::RepeatedWork;
 use anneal_diffusion::{Objective, TimeDensity, draw_label_drops, draw_timesteps};
-use anneal_models::dit::{Dit, DitConfig};
+use anneal_models::dit::Dit;
 use anneal_models::{Conditioning, Denoiser};
 use anneal_nn::{Forward, ParamStore, ResidentStore, StoreOptions};
 use anneal_optim::{AdamW, LearningRate};
 use anneal_recipe::{Model, Recipe};
 use anneal_tensor::{Device, Tape, Tensor, ops};
 
+use crate::data::{self, DataSummary, open_loader};
 use crate::error::{Result, TrainError};
 pub use crate::outcomes::StepOutcome;
 use crate::outcomes::{DeviceFigures, Outcomes, PendingFigures, Started};
@@ -59,7 +60,7 @@ impl Trainer {
         store.initialise(recipe.seed)?;
         let optimizer = AdamW::new(&*store, settings::optimizer(recipe))?;
         let loader = open_loader(recipe, Cursor::start(recipe.seed))?;
-        check_data(recipe, model.config(), &loader)?;
+        data::check(recipe, model.config(), &loader)?;
         Ok(Self {
             recipe: recipe.clone(),
             device,
@@ -94,6 +95,11 @@ impl Trainer {
 
     pub fn optimizer(&self) -> &AdamW {
         &self.optimizer
+    }
+
+    /// What it trains on.
+    pub fn data(&self) -> DataSummary {
+        DataSummary::new(&self.recipe, self.loader.dataset())
     }
 
     /// Steps begun; all of them are done once [`Self::finish_steps`] returns.
@@ -135,12 +141,21 @@ impl Trainer {
         Ok(Arc::new(target))
     }
 
-    /// Begins the next step. The outcomes that have come since the last call, in order: on the CPU this
+    /// Begins the next step. Adds the outcomes that have come since the last call, in order: on the CPU this
     /// step's; on a GPU, which is not waited for, those of steps before it.
     ///
     /// # Errors
-    /// Unusable data; memory; or too many steps in a row without a finite gradient.
-    pub fn step(&mut self) -> Result<Vec<StepOutcome>> {
+    /// Unusable data; memory; or too many steps in a row without a finite gradient. The outcomes of the steps
+    /// before are added all the same.
+    pub fn step(&mut self, outcomes: &mut Vec<StepOutcome>) -> Result<()> {
+        if let Err(error) = self.begin_step() {
+            self.finish_steps(outcomes)?;
+            return Err(error);
+        }
+        self.outcomes.arrived(STEPS_UNDER_WAY, outcomes)
+    }
+
+    fn begin_step(&mut self) -> Result<()> {
         let begun = Instant::now();
         let batch = self.loader.next_batch()?;
         let (images, labels) = (batch.images.clone(), batch.labels.clone());
@@ -148,15 +163,15 @@ impl Trainer {
         let figures = self.run_step(&images, &labels, learning_rate)?.read_later()?;
         self.step += 1;
         self.outcomes.push(Started { step: self.step, learning_rate, begun }, figures);
-        self.outcomes.arrived(STEPS_UNDER_WAY)
+        Ok(())
     }
 
-    /// Waits until all steps begun are done; the outcomes that [`Self::step`] has not returned.
+    /// Waits until all steps begun are done; adds the outcomes that [`Self::step`] has not.
     ///
     /// # Errors
     /// As [`Self::step`].
-    pub fn finish_steps(&mut self) -> Result<Vec<StepOutcome>> {
-        self.outcomes.arrived(0)
+    pub fn finish_steps(&mut self, outcomes: &mut Vec<StepOutcome>) -> Result<()> {
+        self.outcomes.arrived(0, outcomes)
     }
 
     /// The step's work, captured where it can be.
@@ -224,30 +239,4 @@ impl Trainer {
         }
         Ok(losses.total.detach())
     }
-}
-
-/// A loader of the recipe's data from a cursor on.
-pub(crate) fn open_loader(recipe: &Recipe, cursor: Cursor) -> Result<Loader> {
-    let dataset = anneal_data::open(&settings::data_source(recipe))?;
-    Ok(Loader::new(dataset, &settings::loader(recipe), cursor)?)
-}
-
-fn check_data(recipe: &Recipe, config: &DitConfig, loader: &Loader) -> Result<()> {
-    let [height, width] = config.image_size;
-    let expected = [config.channels, height, width];
-    if loader.shape() != expected {
-        let message = format!(
-            "the model sees images of {expected:?} (channels, height, width), but the data gives {:?}: set data.image_size and data.channels, or model.image_size and model.channels",
-            loader.shape()
-        );
-        return Err(TrainError::Settings { message });
-    }
-    if !recipe.train.batch.is_multiple_of(recipe.train.accumulate) {
-        let message = format!(
-            "train.batch {} is not a multiple of train.accumulate {}",
-            recipe.train.batch, recipe.train.accumulate
-        );
-        return Err(TrainError::Settings { message });
-    }
-    Ok(())
 }

@@ -18,7 +18,7 @@ use crate::error::{Result, TrainError};
 use crate::run::{Preview, sampling_rate};
 use crate::settings;
 use crate::state;
-use crate::trainer::{StepOutcome, Trainer};
+use crate::trainer::Trainer;
 
 /// What was compared and what differed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,9 +102,9 @@ pub fn cost_of_determinism(recipe: &Recipe, steps: u64) -> Result<[f64; 2]> {
         let mut trainer = Trainer::new(&with_determinism(recipe, deterministic))?;
         let mut outcomes = Vec::new();
         while trainer.steps_done() < WARMUP + steps.max(1) {
-            outcomes.extend(trainer.step()?);
+            trainer.step(&mut outcomes)?;
         }
-        outcomes.extend(trainer.finish_steps()?);
+        trainer.finish_steps(&mut outcomes)?;
         let mut seconds: Vec<f64> =
             outcomes[WARMUP as usize..].iter().map(|outcome| outcome.seconds).collect();
         seconds.sort_by(f64::total_cmp);
@@ -118,11 +118,12 @@ fn with_determinism(recipe: &Recipe, deterministic: bool) -> Recipe {
 }
 
 fn advance(trainer: &mut Trainer, steps: u64, losses: &mut Vec<f64>) -> Result<()> {
-    let mut take = |outcomes: Vec<StepOutcome>| losses.extend(outcomes.iter().map(|outcome| outcome.loss));
+    let mut outcomes = Vec::new();
     while trainer.steps_done() < steps {
-        take(trainer.step()?);
+        trainer.step(&mut outcomes)?;
     }
-    take(trainer.finish_steps()?);
+    trainer.finish_steps(&mut outcomes)?;
+    losses.extend(outcomes.iter().map(|outcome| outcome.loss));
     Ok(())
 }
 
@@ -143,7 +144,7 @@ fn trace(trainer: &Trainer, losses: Vec<f64>, preview: &Preview) -> Result<Trace
         }
     }
     let weights = trainer.sampling_store(sampling_rate(trainer.recipe()))?;
-    let samples = preview(Arc::clone(&weights)).map_err(TrainError::Preview)?.values;
+    let samples = preview(Arc::clone(&weights), &mut |_, _| ()).map_err(TrainError::Preview)?.values;
     Ok(Trace { losses, state, samples })
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anneal_nn::ParamStore;
 use anneal_recipe::Recipe;
 use anneal_testkit::{poisoned_cuda, skip_without};
-use anneal_train::run::PreviewImages;
+use anneal_train::run::{DrawingProgress, PreviewImages};
 use anneal_train::trainer::{StepOutcome, Trainer};
 use anneal_train::verify::{VerifyOptions, verify_resume};
 
@@ -27,9 +27,9 @@ fn train(recipe: &Recipe, steps: u64) -> (Vec<StepOutcome>, Vec<f32>) {
     let mut trainer = Trainer::new(recipe).unwrap();
     let mut outcomes = Vec::new();
     while trainer.steps_done() < steps {
-        outcomes.extend(trainer.step().unwrap());
+        trainer.step(&mut outcomes).unwrap();
     }
-    outcomes.extend(trainer.finish_steps().unwrap());
+    trainer.finish_steps(&mut outcomes).unwrap();
     assert_eq!(trainer.take_warnings(), Vec::<String>::new(), "steps are captured");
     let order: Vec<u64> = outcomes.iter().map(|outcome| outcome.step).collect();
     assert_eq!(order, (1..=steps).collect::<Vec<_>>());
@@ -51,9 +51,10 @@ fn bits((outcomes, weights): &(Vec<StepOutcome>, Vec<f32>)) -> Vec<u64> {
 
 /// Weights in place of pictures: this crate does not sample.
 fn assert_resumes(recipe: &Recipe) {
-    let preview = |store: Arc<dyn ParamStore>| {
+    let preview = |store: Arc<dyn ParamStore>, _: &mut DrawingProgress| {
         let values = all_weights(&*store);
-        Ok(PreviewImages { shape: [1, 1, values.len()], values, count: 1, caption: String::new() })
+        let (shape, caption) = ([1, 1, values.len()], String::new());
+        Ok(PreviewImages { shape, values, count: 1, caption, warnings: Vec::new() })
     };
     let scratch = tempfile::tempdir().unwrap();
     let options = VerifyOptions { steps: 9, stop_at: 4 };
@@ -104,14 +105,15 @@ fn a_replayed_step_has_the_bits_of_a_plain_one() {
 fn the_host_does_not_wait_inside_the_steady_state() {
     let Some(turn) = poisoned_cuda() else { return skip_without("CUDA device", "waits of the host") };
     let mut trainer = Trainer::new(&recipe(&["device=cuda"])).unwrap();
+    let mut outcomes = Vec::new();
     for _ in 0..4 {
-        trainer.step().unwrap();
+        trainer.step(&mut outcomes).unwrap();
     }
     let anneal_tensor::Device::Cuda(cuda) = trainer.device().clone() else { panic!("a GPU was asked for") };
     let (launches, waits) = (cuda.launches(), cuda.waits());
     let steps = 20;
     for _ in 0..steps {
-        trainer.step().unwrap();
+        trainer.step(&mut outcomes).unwrap();
     }
     assert_eq!(cuda.launches() - launches, steps, "a step is one piece of work");
     // The one wait a step is for the step two before: it keeps the queue short, and the device busy.

@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 ///
 /// One binary, no Python. Start with `anneal quickstart`: it trains a small model on real
 /// handwritten digits in about two minutes on two CPU cores and draws samples.
+// Usage lines are written out where a command takes KEY=VALUE: in an error, clap shows whatever was given as required.
 #[derive(Debug, Parser)]
 #[command(name = "anneal", version, arg_required_else_help = true, max_term_width = 100)]
 pub struct Cli {
@@ -35,11 +36,14 @@ pub enum Command {
 /// Needs no files: the recipe and the 1797 digits are inside the binary. Writes a run folder
 /// with checkpoints, metrics, a loss plot and `samples.png`. Interrupted? Run it again.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:
+#[command(
+    override_usage = "anneal quickstart [OPTIONS] [KEY=VALUE]...",
+    after_help = "Examples:
   anneal quickstart
   anneal quickstart --output runs/mine --device cpu:4
   anneal quickstart --device cuda            (on the first NVIDIA GPU)
-  anneal quickstart train.steps=200          (a shorter run, to look around)")]
+  anneal quickstart train.steps=200          (a shorter run, to look around)"
+)]
 pub struct Quickstart {
     /// Run folder to write
     #[arg(long, default_value = "runs/quickstart")]
@@ -62,20 +66,30 @@ pub struct Quickstart {
 /// run folder. If that holds checkpoints, training continues from the newest whole one, and ends
 /// with the same bits as if it had never stopped. Ctrl-C saves a checkpoint and stops.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:
+#[command(
+    override_usage = "anneal train [OPTIONS] <RECIPE> [KEY=VALUE]...",
+    after_help = "Examples:
   anneal train recipes/digits.yaml
+  anneal train recipes/digits.yaml --device cuda --steps 2000
   anneal train recipes/digits.yaml optim.lr=2e-4 train.steps=500 output=runs/slow
-  anneal train recipes/image_folder.yaml data.path=photos model.classes=3")]
+  anneal train recipes/image_folder.yaml data.path=photos model.classes=3"
+)]
 pub struct Train {
     /// Recipe file
     pub recipe: PathBuf,
     /// Changes to the recipe, as dotted keys
     #[arg(value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
+    /// Where to compute: cpu, cpu:THREADS, cuda (the first GPU) or cuda:INDEX; short for device=
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Steps in all; short for train.steps=
+    #[arg(long)]
+    pub steps: Option<usize>,
     /// Most memory of the device to use, such as 8GiB
     #[arg(long, value_name = "SIZE")]
     pub memory_limit: Option<ByteSize>,
-    /// Print the plan (model, memory, steps) and stop before training
+    /// Print the plan (model, data, memory, steps) and stop before training
     #[arg(long)]
     pub plan: bool,
     /// No progress bar
@@ -87,9 +101,12 @@ pub struct Train {
 ///
 /// Uses the recipe saved in the folder; keys given here change it, for example to train longer.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:
+#[command(
+    override_usage = "anneal resume [OPTIONS] <RUN> [KEY=VALUE]...",
+    after_help = "Examples:
   anneal resume runs/digits
-  anneal resume runs/digits train.steps=3000")]
+  anneal resume runs/digits train.steps=3000"
+)]
 pub struct Resume {
     /// Run folder
     pub run: PathBuf,
@@ -180,9 +197,12 @@ pub struct Sample {
 /// Runs a recipe without a stop, and again with a stop in the middle and with another number of
 /// data workers; then compares losses, weights, moments, averages and samples bit by bit.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:
+#[command(
+    override_usage = "anneal verify-resume [OPTIONS] <RECIPE> [KEY=VALUE]...",
+    after_help = "Examples:
   anneal verify-resume recipes/digits.yaml
-  anneal verify-resume recipes/flow_digits.yaml --steps 30 --stop-at 11")]
+  anneal verify-resume recipes/flow_digits.yaml --steps 30 --stop-at 11"
+)]
 pub struct VerifyResume {
     /// Recipe file
     pub recipe: PathBuf,
@@ -377,6 +397,7 @@ pub struct BenchSample {
 
 /// Which data pipeline to measure.
 #[derive(Debug, Args)]
+#[command(override_usage = "anneal bench data [OPTIONS] <RECIPE> [KEY=VALUE]...")]
 pub struct BenchData {
     /// Recipe file
     pub recipe: PathBuf,

@@ -10,12 +10,13 @@ use anneal_infer::{Pipeline, Request, Samples};
 use anneal_models::Denoiser;
 use anneal_nn::ParamStore;
 use anneal_recipe::{GuidanceMode, Recipe, Sample, Sampler};
-use anneal_train::run::PreviewImages;
+use anneal_train::run::{DrawingProgress, PreviewImages};
 use anneal_train::settings;
 use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 
-/// How samples are drawn, whatever asked for them.
-#[derive(Clone, Debug, PartialEq)]
+/// How samples are drawn, whatever asked for them. Files of weights carry the parts that no scheduler's configuration has.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SamplingSettings {
     pub sampler: Sampler,
     pub steps: usize,
@@ -24,8 +25,10 @@ pub struct SamplingSettings {
     pub guidance: f64,
     pub guidance_mode: GuidanceMode,
     /// Keeps estimates of the clean image within plus or minus this: for pixels, not for latents.
+    #[serde(skip)]
     pub clip: Option<f64>,
     /// How DDIM spreads its steps, if not in its usual way.
+    #[serde(skip)]
     pub spacing: Option<Spacing>,
 }
 
@@ -144,6 +147,7 @@ pub fn preview(
     recipe: &Recipe,
     model: Arc<dyn Denoiser>,
     store: Arc<dyn ParamStore>,
+    progress: &mut DrawingProgress,
 ) -> Result<PreviewImages> {
     let sample = &recipe.sample;
     let settings = SamplingSettings::of(sample);
@@ -163,8 +167,11 @@ pub fn preview(
         batch: sample.num,
     };
     let pipeline = Pipeline { model, store, objective };
-    let Samples { values, shape, .. } = pipeline.sample(&request, &mut |_, _| ControlFlow::Continue(()))?;
-    Ok(PreviewImages { values, count: sample.num, shape, caption: settings.caption() })
+    let Samples { values, shape, warnings, .. } = pipeline.sample(&request, &mut |done, all| {
+        progress(done, all);
+        ControlFlow::Continue(())
+    })?;
+    Ok(PreviewImages { values, count: sample.num, shape, caption: settings.caption(), warnings })
 }
 
 #[cfg(test)]

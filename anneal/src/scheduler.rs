@@ -92,14 +92,14 @@ pub fn objective(scheduler: &Value, config: &DitConfig) -> Result<Objective> {
 }
 
 /// The scheduler configuration that stands for an objective, in diffusers' words. `DiTPipeline` can sample
-/// the gaussian ones of them.
-pub fn config(objective: &Objective) -> Result<Value> {
+/// the gaussian ones of them. `shift` is of the times of flow matching.
+pub fn config(objective: &Objective, shift: f64) -> Result<Value> {
     let Process::Diffusion(schedule) = objective.process() else {
         return Ok(serde_json::json!({
             "_class_name": FLOW_SCHEDULER,
             "_diffusers_version": "0.30.0",
             "num_train_timesteps": 1000,
-            "shift": 1.0,
+            "shift": shift,
         }));
     };
     let steps = schedule.training_steps;

@@ -6,15 +6,16 @@ use std::sync::Arc;
 use anneal_diffusion::{BetaSchedule, Objective, Prediction, Process, Schedule};
 use anneal_models::dit::{Dit, DitConfig, diffusers_keys, original_keys};
 use anneal_nn::{KeyMap, ParamStore, Parameters, ResidentStore, StoreOptions};
-use anneal_recipe::Recipe;
 use anneal_tensor::{DType, Device};
 use anneal_train::checkpoint::{self, Checkpoint};
 use anneal_train::{settings, state};
 use anneal_weights::{DiffusersFolder, TensorFiles};
 use anyhow::{Context, Result, bail};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::cli::Precision;
+use crate::sampling::SamplingSettings;
 use crate::scheduler;
 
 /// Metadata key of weights files written here: the model's configuration as JSON.
@@ -22,6 +23,8 @@ pub const CONFIG_KEY: &str = "anneal.model";
 /// The same for what the model was trained to predict, as a scheduler's configuration: without it a file would be
 /// sampled as the published weights are.
 pub const SCHEDULER_KEY: &str = "anneal.scheduler";
+/// The same for how its run draws samples, guidance above all, as JSON.
+pub const SAMPLING_KEY: &str = "anneal.sampling";
 
 /// What a path names.
 pub enum Kind {
@@ -37,8 +40,8 @@ pub struct Source {
     pub model: Arc<Dit>,
     pub store: Arc<dyn ParamStore>,
     pub objective: Objective,
-    /// Of a run or checkpoint.
-    pub recipe: Option<Recipe>,
+    /// Of a run or checkpoint, or of weights that were written here from one.
+    pub sampling: Option<SamplingSettings>,
     /// Of a diffusers folder, or a file written here: its scheduler's configuration.
     pub scheduler: Option<Value>,
     /// For people: what was opened.
@@ -122,7 +125,7 @@ fn open_checkpoint(checkpoint: &Checkpoint, opening: &Opening) -> Result<Source>
         store,
         objective: settings::objective(&recipe)?,
         description: format!("{} (step {}, {what})", checkpoint.path().display(), checkpoint.step()),
-        recipe: Some(recipe),
+        sampling: Some(SamplingSettings::of(&recipe.sample)),
         scheduler: None,
         warnings,
     })
@@ -133,19 +136,22 @@ fn open_weights(path: &Path, opening: &Opening) -> Result<Source> {
     let config = weights_config(&files, opening.heads)
         .with_context(|| format!("{} cannot be opened as a DiT", path.display()))?;
     let (model, store, warnings) = load(&config, opening, &files, original_keys)?;
-    let scheduler: Option<Value> =
-        match files.metadata().get(SCHEDULER_KEY) {
-            Some(text) => Some(serde_json::from_str(text).with_context(|| {
-                format!("{}: its metadata {SCHEDULER_KEY} cannot be read", path.display())
-            })?),
-            None => None,
-        };
+    let scheduler: Option<Value> = noted(&files, SCHEDULER_KEY, path)?;
     let objective = match &scheduler {
         Some(scheduler) => scheduler::objective(scheduler, &config)?,
         None => published_objective(&config)?,
     };
+    let sampling = noted(&files, SAMPLING_KEY, path)?;
     let description = path.display().to_string();
-    Ok(Source { model, store, objective, recipe: None, scheduler, description, warnings })
+    Ok(Source { model, store, objective, sampling, scheduler, description, warnings })
+}
+
+/// What was noted beside the weights under a key, if anything was.
+fn noted<T: DeserializeOwned>(files: &TensorFiles, key: &str, path: &Path) -> Result<Option<T>> {
+    let text = files.metadata().get(key);
+    text.map(|text| serde_json::from_str(text))
+        .transpose()
+        .with_context(|| format!("{}: its metadata {key} cannot be read", path.display()))
 }
 
 /// The configuration written beside the weights, or what their shapes say.
@@ -167,8 +173,9 @@ fn open_diffusers(path: &Path, opening: &Opening) -> Result<Source> {
     let (model, store, warnings) = load(&config, opening, &files, keys)?;
     let scheduler = folder.component_config("scheduler")?;
     let objective = scheduler::objective(&scheduler, &config)?;
+    let sampling = noted(&files, SAMPLING_KEY, path)?;
     let description = path.display().to_string();
-    Ok(Source { model, store, objective, recipe: None, scheduler: Some(scheduler), description, warnings })
+    Ok(Source { model, store, objective, sampling, scheduler: Some(scheduler), description, warnings })
 }
 
 /// A model, its weights, and what was odd about them.

@@ -2,8 +2,8 @@
 //!
 //! Looked at in order: what the dynamic loader finds by itself, `CUDA_HOME` (or `CUDA_PATH`,
 //! `/usr/local/cuda`), and the `nvidia/*/lib` folders of installed Python environments (active
-//! virtual environment, the interpreters on `PATH`, the user's site packages). A library that is found is
-//! opened by its path with global symbols, after which the bindings find it by name; the
+//! virtual environment, the interpreters on `PATH`, the user's site packages). A library is opened when it is first
+//! asked for, by its path and with global symbols, after which the bindings find it by name; the
 //! bindings panic where it is missing, so nothing may call them before [`Libraries::get`] says it
 //! is there. libnvrtc-builtins is opened before libnvrtc, which else fails inside cuDNN.
 //! Not done: Windows and macOS, where CUDA devices are reported as missing.
@@ -12,6 +12,8 @@ use std::collections::BTreeSet;
 use std::ffi::{CStr, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+
+use crate::DeviceError;
 
 /// A library that the engine can use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +69,15 @@ impl Library {
         }
     }
 
+    /// What it looks for by name, and so must have been opened before.
+    fn needs(self) -> &'static [Library] {
+        match self {
+            Library::Nvrtc => &[Library::NvrtcBuiltins],
+            Library::Cudnn => &[Library::Nvrtc, Library::CublasLt],
+            Library::Driver | Library::NvrtcBuiltins | Library::CublasLt | Library::Nccl => &[],
+        }
+    }
+
     /// Whether the engine does without it.
     pub fn is_optional(self) -> bool {
         matches!(self, Library::Cudnn | Library::Nccl)
@@ -114,25 +125,49 @@ impl Found {
     }
 }
 
-/// What was found, and where it was looked for.
+/// What was found of what was asked for, and where it is looked for.
 pub struct Libraries {
-    found: [Option<Found>; 6],
+    asked: [OnceLock<Option<Found>>; 6],
     pub searched: Vec<PathBuf>,
 }
 
 impl Libraries {
-    /// Looks once for the whole process.
+    /// Those of the process. Only the folders are looked for here.
     pub fn load() -> &'static Libraries {
         static LIBRARIES: OnceLock<Libraries> = OnceLock::new();
-        LIBRARIES.get_or_init(|| {
-            let searched = folders();
-            let found = Library::ALL.map(|library| open(library, &searched));
-            Libraries { found, searched }
-        })
+        LIBRARIES.get_or_init(|| Self::in_folders(folders()))
     }
 
+    fn in_folders(searched: Vec<PathBuf>) -> Self {
+        Self { asked: Default::default(), searched }
+    }
+
+    /// A library, opened at the first call.
     pub fn get(&self, library: Library) -> Option<&Found> {
-        self.found[library as usize].as_ref()
+        let opened = self.asked[library as usize].get_or_init(|| {
+            for needed in library.needs() {
+                self.get(*needed);
+            }
+            open(library, &self.searched)
+        });
+        opened.as_ref()
+    }
+
+    /// Looks for all that every run on a GPU needs beside the driver.
+    ///
+    /// # Errors
+    /// Names each that is missing, and how to get it.
+    pub(crate) fn check_required(&self) -> Result<(), DeviceError> {
+        let required = [Library::Nvrtc, Library::CublasLt];
+        let missing: Vec<String> = required
+            .into_iter()
+            .filter(|library| self.get(*library).is_none())
+            .map(|library| format!("{} is not installed ({})", library.name(), library.hint()))
+            .collect();
+        match missing.is_empty() {
+            true => Ok(()),
+            false => Err(DeviceError::NoCuda { reason: missing.join(", "), searched: self.searched_text() }),
+        }
     }
 
     /// A sentence for errors: where the libraries were looked for.
@@ -227,4 +262,41 @@ fn site_packages() -> Vec<PathBuf> {
         }
     }
     sites
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_is_opened_when_it_is_asked_for() {
+        let libraries = Libraries::in_folders(folders());
+        let asked = || Library::ALL.map(|library| libraries.asked[library as usize].get().is_some());
+        assert_eq!(asked(), [false; 6]);
+        libraries.get(Library::Driver);
+        assert_eq!(asked(), [true, false, false, false, false, false]);
+        libraries.get(Library::Nvrtc);
+        assert_eq!(asked(), [true, true, true, false, false, false]);
+        libraries.get(Library::Cudnn);
+        assert_eq!(asked(), [true, true, true, true, true, false]);
+    }
+
+    #[test]
+    fn missing_libraries_are_named_together_with_how_to_get_them() {
+        let with = |there: &[Library]| {
+            let libraries = Libraries::in_folders(Vec::new());
+            for library in Library::ALL {
+                let found = Found { path: library.name().into(), handle: 1 };
+                let _ = libraries.asked[library as usize].set(there.contains(&library).then_some(found));
+            }
+            libraries.check_required().map_err(|error| error.to_string())
+        };
+        assert_eq!(with(&[Library::Nvrtc, Library::CublasLt]), Ok(()));
+        let one = with(&[Library::Driver, Library::Nvrtc]).unwrap_err();
+        assert!(one.contains(
+            "libcublasLt is not installed (multiplies matrices: pip install nvidia-cublas); looked"
+        ));
+        let both = with(&[Library::Driver]).unwrap_err();
+        assert!(both.contains("pip install nvidia-cuda-nvrtc") && both.contains("nvidia-cublas"), "{both}");
+    }
 }

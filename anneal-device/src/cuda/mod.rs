@@ -85,7 +85,7 @@ unsafe impl Sync for CudaDevice {}
 
 impl CudaDevice {
     /// # Errors
-    /// If the driver or the device is missing or too old. Libraries are asked for when they are first needed.
+    /// If the driver or the device is missing or too old, or a library that every run needs is missing.
     pub fn new(ordinal: usize, memory_limit: Option<usize>) -> Result<Self, DeviceError> {
         let properties = properties(ordinal)?;
         if properties.compute < OLDEST_COMPUTE {
@@ -94,6 +94,7 @@ impl CudaDevice {
                 format!("{} has compute capability {major}.{minor}: 8.0 or newer is needed", properties.name);
             return Err(DeviceError::NoCuda { reason, searched: Libraries::load().searched_text() });
         }
+        Libraries::load().check_required()?;
         let (mut context, mut stream) = (std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: the driver has started and the device exists.
         unsafe {

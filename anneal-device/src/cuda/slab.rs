@@ -6,8 +6,8 @@
 //! put behind it piece by piece, so that nothing ever moves and no gap is lost between segments.
 //! With the environment variable `ANNEAL_SEPARATE_BUFFERS` every buffer is an allocation of the driver of exactly its
 //! bytes instead, so that compute-sanitizer sees where each one ends; slow, and steps cannot be captured then.
-//! While a step is captured, every block is noted; afterwards that memory is kept from
-//! others for as long as the captured step lives ([`Slab::end_capture`]).
+//! While a step is captured, every block that is handed out or given back is noted; afterwards that memory is kept
+//! from others for as long as the captured step lives ([`Slab::end_capture`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ptr::NonNull;
@@ -35,10 +35,18 @@ struct State {
     /// Free ranges by offset; no two touch.
     free: BTreeMap<usize, usize>,
     statistics: MemoryStatistics,
-    /// Every block handed out since the capture began.
-    noted: Option<Vec<Block>>,
+    noted: Option<Noted>,
     reservations: BTreeMap<u64, Reservation>,
     next_reservation: u64,
+}
+
+/// What happened since a capture began.
+#[derive(Default)]
+struct Noted {
+    /// Every block handed out, in order.
+    blocks: Vec<Block>,
+    /// Those blocks, and blocks of before that were given back: what the captured work may use of free memory.
+    touched: BTreeMap<usize, usize>,
 }
 
 /// What a captured step keeps from others.
@@ -47,6 +55,62 @@ struct Reservation {
     ranges: BTreeMap<usize, usize>,
     /// Blocks that were in use when the capture ended; they join the ranges when given back.
     live: BTreeSet<usize>,
+}
+
+impl State {
+    /// Takes a block out of the free range that it lies in.
+    fn hand_out(&mut self, offset: usize, size: usize, purpose: Purpose) {
+        take_range(&mut self.free, offset, size);
+        self.statistics.take(purpose, size);
+        if let Some(noted) = &mut self.noted {
+            noted.blocks.push((offset, size));
+            insert_union(&mut noted.touched, offset, size);
+        }
+    }
+
+    fn take_back(&mut self, offset: usize, size: usize, purpose: Purpose) {
+        self.statistics.give(purpose, size);
+        if let Some(noted) = &mut self.noted {
+            insert_union(&mut noted.touched, offset, size);
+        }
+        let reserved = self.reservations.values_mut().find(|reservation| reservation.live.contains(&offset));
+        match reserved {
+            Some(reservation) => {
+                reservation.live.remove(&offset);
+                insert_joined(&mut reservation.ranges, offset, size);
+            }
+            None => insert_joined(&mut self.free, offset, size),
+        }
+    }
+
+    /// The best place that the capture under way has not used.
+    fn best_untouched(&self, size: usize) -> Option<usize> {
+        let Some(noted) = &self.noted else { return best_fit(&self.free, size) };
+        let (mut inside, mut outside) = (BTreeMap::new(), BTreeMap::new());
+        for (&offset, &len) in &self.free {
+            split_by(&noted.touched, offset, len, &mut inside, &mut outside);
+        }
+        best_fit(&outside, size)
+    }
+
+    /// Ends the noting: the blocks handed out, and all touched memory, which is no longer free.
+    fn reserve_noted(&mut self) -> (Vec<Block>, Reservation) {
+        let Noted { blocks, touched } = self.noted.take().unwrap_or_default();
+        let mut reservation = Reservation::default();
+        let mut free = BTreeMap::new();
+        for (&offset, &len) in &self.free {
+            split_by(&touched, offset, len, &mut reservation.ranges, &mut free);
+        }
+        for &(offset, size) in &blocks {
+            let is_free =
+                reservation.ranges.range(..=offset).next_back().is_some_and(|(o, l)| o + l >= offset + size);
+            if !is_free {
+                reservation.live.insert(offset);
+            }
+        }
+        self.free = free;
+        (blocks, reservation)
+    }
 }
 
 /// The memory of one device.
@@ -119,12 +183,9 @@ impl Slab {
         let size = bytes.max(1).next_multiple_of(ALIGNMENT);
         let mut state = self.lock();
         let offset = self.find(&mut state, size, purpose)?;
-        state.statistics.take(purpose, size);
-        if let Some(noted) = &mut state.noted {
-            noted.push((offset, size));
-        }
+        state.hand_out(offset, size, purpose);
         drop(state);
-        Ok(Buffer { pointer: self.pointer(offset), size, bytes, purpose, owner: self.clone() })
+        Ok(self.buffer(offset, size, bytes, purpose))
     }
 
     fn allocate_alone(self: &Arc<Self>, bytes: usize, purpose: Purpose) -> Result<Buffer, DeviceError> {
@@ -145,31 +206,22 @@ impl Slab {
     ) -> Result<Buffer, DeviceError> {
         let size = bytes.max(1).next_multiple_of(ALIGNMENT);
         let mut state = self.lock();
-        let mut touched = BTreeMap::new();
-        for &(offset, size) in state.noted.iter().flatten() {
-            insert_union(&mut touched, offset, size);
-        }
-        let (mut inside, mut outside) = (BTreeMap::new(), BTreeMap::new());
-        for (&offset, &len) in &state.free {
-            split_by(&touched, offset, len, &mut inside, &mut outside);
-        }
-        let best =
-            outside.iter().filter(|(_, len)| **len >= size).min_by_key(|(offset, len)| (**len, **offset));
-        let offset = match best {
-            Some((offset, _)) => *offset,
+        self.check_limit(&state, size, purpose)?;
+        let offset = match state.best_untouched(size) {
+            Some(offset) => offset,
             None => {
                 let end = state.mapped;
                 self.extend(&mut state, size, size, purpose)?;
                 end
             }
         };
-        take_range(&mut state.free, offset, size);
-        state.statistics.take(purpose, size);
-        if let Some(noted) = &mut state.noted {
-            noted.push((offset, size));
-        }
+        state.hand_out(offset, size, purpose);
         drop(state);
-        Ok(Buffer { pointer: self.pointer(offset), size, bytes, purpose, owner: self.clone() })
+        Ok(self.buffer(offset, size, bytes, purpose))
+    }
+
+    fn buffer(self: &Arc<Self>, offset: usize, size: usize, bytes: usize, purpose: Purpose) -> Buffer {
+        Buffer { pointer: self.pointer(offset), size, bytes, purpose, owner: self.clone() }
     }
 
     /// The address of an offset, as the pointer that buffers carry.
@@ -177,30 +229,21 @@ impl Slab {
         NonNull::new((self.base as usize + offset) as *mut u8).expect("device addresses are not zero")
     }
 
+    fn check_limit(&self, state: &State, size: usize, purpose: Purpose) -> Result<(), DeviceError> {
+        match self.limit.is_some_and(|limit| state.statistics.total() + size > limit) {
+            true => Err(self.out_of_memory(state, size, purpose, LIMIT_REACHED)),
+            false => Ok(()),
+        }
+    }
+
+    /// A free place, made if there is none.
     fn find(&self, state: &mut State, size: usize, purpose: Purpose) -> Result<usize, DeviceError> {
-        if self.limit.is_some_and(|limit| state.statistics.total() + size > limit) {
-            return Err(self.out_of_memory(state, size, purpose, LIMIT_REACHED));
+        self.check_limit(state, size, purpose)?;
+        if let Some(offset) = best_fit(&state.free, size) {
+            return Ok(offset);
         }
-        let fits = |state: &State| {
-            let best = state
-                .free
-                .iter()
-                .filter(|(_, len)| **len >= size)
-                .min_by_key(|(offset, len)| (**len, **offset));
-            best.map(|(offset, len)| (*offset, *len))
-        };
-        let (offset, len) = match fits(state) {
-            Some(found) => found,
-            None => {
-                self.grow(state, size, purpose)?;
-                fits(state).expect("the slab grew by what was missing")
-            }
-        };
-        state.free.remove(&offset);
-        if len > size {
-            state.free.insert(offset + size, len - size);
-        }
-        Ok(offset)
+        self.grow(state, size, purpose)?;
+        Ok(best_fit(&state.free, size).expect("the slab grew by what was missing"))
     }
 
     /// Puts memory behind the end of the slab, so that a block of `size` fits there.
@@ -276,31 +319,14 @@ impl Slab {
 
     /// From here on every block is noted.
     pub(crate) fn begin_capture(&self) {
-        self.lock().noted = Some(Vec::new());
+        self.lock().noted = Some(Noted::default());
     }
 
     /// The blocks handed out since the beginning, in order; their memory is nobody else's until the
     /// reservation is dropped.
     pub(crate) fn end_capture(self: &Arc<Self>) -> (Vec<Block>, SlabReservation) {
         let mut state = self.lock();
-        let blocks = state.noted.take().unwrap_or_default();
-        let mut touched = BTreeMap::new();
-        for &(offset, size) in &blocks {
-            insert_union(&mut touched, offset, size);
-        }
-        let mut reservation = Reservation::default();
-        let mut free = BTreeMap::new();
-        for (&offset, &len) in &state.free {
-            split_by(&touched, offset, len, &mut reservation.ranges, &mut free);
-        }
-        for &(offset, size) in &blocks {
-            let is_free =
-                reservation.ranges.range(..=offset).next_back().is_some_and(|(o, l)| o + l >= offset + size);
-            if !is_free {
-                reservation.live.insert(offset);
-            }
-        }
-        state.free = free;
+        let (blocks, reservation) = state.reserve_noted();
         let id = state.next_reservation;
         state.next_reservation += 1;
         state.reservations.insert(id, reservation);
@@ -316,16 +342,7 @@ impl Slab {
 impl Owner for Slab {
     fn release(&self, pointer: NonNull<u8>, size: usize, purpose: Purpose) {
         let offset = pointer.as_ptr() as usize - self.base as usize;
-        let mut state = self.lock();
-        state.statistics.give(purpose, size);
-        let reserved = state.reservations.values_mut().find(|reservation| reservation.live.contains(&offset));
-        match reserved {
-            Some(reservation) => {
-                reservation.live.remove(&offset);
-                insert_joined(&mut reservation.ranges, offset, size);
-            }
-            None => insert_joined(&mut state.free, offset, size),
-        }
+        self.lock().take_back(offset, size, purpose);
     }
 }
 
@@ -381,6 +398,12 @@ impl Drop for SlabReservation {
             }
         }
     }
+}
+
+/// The smallest range that takes `size`, and of these the first.
+fn best_fit(ranges: &BTreeMap<usize, usize>, size: usize) -> Option<usize> {
+    let fitting = ranges.iter().filter(|(_, len)| **len >= size);
+    fitting.min_by_key(|(offset, len)| (**len, **offset)).map(|(offset, _)| *offset)
 }
 
 /// Adds a range that touches no other's inside, joined with its neighbours.
@@ -466,6 +489,25 @@ mod tests {
         take_range(&mut ranges, 0, 10);
         take_range(&mut ranges, 30, 20);
         assert_eq!(ranges, BTreeMap::from([(20, 5)]));
+    }
+
+    /// Captured work may read a block of before until it is given back: an upload, which is sent ahead of that work,
+    /// must not lie there, nor may anything else while the captured step lives.
+    #[test]
+    fn a_block_of_before_that_is_given_back_in_a_capture_stays_the_captures() {
+        let purpose = Purpose::Activations;
+        let mut state = State { free: BTreeMap::from([(0, 4096)]), ..State::default() };
+        state.hand_out(0, 1024, purpose);
+        state.noted = Some(Noted::default());
+        state.hand_out(1024, 512, purpose);
+        state.take_back(0, 1024, purpose);
+        assert_eq!(best_fit(&state.free, 512), Some(0), "it is free for the captured work");
+        assert_eq!(state.best_untouched(512), Some(1536), "and not for what is sent ahead of it");
+        let (blocks, reservation) = state.reserve_noted();
+        assert_eq!(blocks, [(1024, 512)]);
+        assert_eq!(reservation.ranges, BTreeMap::from([(0, 1024)]));
+        assert_eq!(reservation.live, BTreeSet::from([1024]));
+        assert_eq!(state.free, BTreeMap::from([(1536, 2560)]));
     }
 
     #[test]

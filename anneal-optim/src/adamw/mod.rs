@@ -218,14 +218,15 @@ impl AdamW {
         }
     }
 
-    /// Writes an average of the weights into another store of the same parameters.
+    /// Writes an average of the weights into another store of the same parameters on the same device, which
+    /// the host does not wait for.
     pub fn copy_average(&self, store: &dyn ParamStore, rate: usize, target: &dyn ParamStore) -> Result<()> {
         for (id, _) in store.parameters().iter() {
-            let values = match self.read(store, State::Average(rate), id)? {
-                Some(values) => values,
-                None => store.read(id)?,
+            let average = match self.piece(store, State::Average(rate), id)? {
+                Some(average) => average,
+                None => store.piece(id)?,
             };
-            target.write(id, &values)?;
+            ops::overwrite(&target.piece(id)?, &ops::cast(&average, target.compute_dtype())?)?;
         }
         Ok(())
     }

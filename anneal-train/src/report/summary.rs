@@ -48,9 +48,14 @@ pub fn count(value: u64) -> String {
     text
 }
 
-/// `1 line`, `2 lines`: an English noun with a regular plural.
+/// `1 line`, `2 lines`, `2 classes`: an English noun with a regular plural.
 pub fn plural(value: u64, noun: &str) -> String {
-    format!("{} {noun}{}", count(value), if value == 1 { "" } else { "s" })
+    let ending = match value {
+        1 => "",
+        _ if noun.ends_with('s') => "es",
+        _ => "s",
+    };
+    format!("{} {noun}{ending}", count(value))
 }
 
 /// `675.1M`, `33.4k`, `128`: decimal units, for parameters and tokens.
@@ -178,6 +183,7 @@ mod tests {
         assert_eq!(count(1_234_567), "1,234,567");
         assert_eq!(plural(1, "line"), "1 line");
         assert_eq!(plural(1797, "image"), "1,797 images");
+        assert_eq!(plural(10, "class"), "10 classes");
         assert_eq!(short_count(128), "128");
         assert_eq!(short_count(999), "999");
         assert_eq!(short_count(999_960), "1.0M");

@@ -6,14 +6,16 @@ use std::process::ExitCode;
 
 use anneal_diffusion::Process;
 use anneal_models::dit::{diffusers_keys, original_keys};
+use anneal_recipe::GuidanceMode;
 use anneal_tensor::Device;
 use anneal_weights::{DiffusersWriter, SaveOptions, StoredDType, Target};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::cli::{Convert, Layout, Precision};
+use crate::sampling::SamplingSettings;
 use crate::scheduler;
-use crate::source::{self, CONFIG_KEY, Opening, SCHEDULER_KEY, Source};
+use crate::source::{self, CONFIG_KEY, Opening, SAMPLING_KEY, SCHEDULER_KEY, Source};
 
 pub fn convert(arguments: &Convert) -> Result<ExitCode> {
     let out = &arguments.out;
@@ -40,22 +42,44 @@ pub fn convert(arguments: &Convert) -> Result<ExitCode> {
         Layout::Original => write_original(&source, out, dtype)?,
     }
     println!("{} -> {}", source.description, out.display());
+    if let (Layout::Diffusers, Some(sampling)) = (arguments.to, &source.sampling) {
+        print_guidance(sampling);
+    }
     Ok(ExitCode::SUCCESS)
 }
 
 fn options(source: &Source, dtype: StoredDType) -> Result<SaveOptions> {
     let config = serde_json::to_string(source.model.config())?;
     let scheduler = serde_json::to_string(&scheduler(source)?)?;
-    let metadata = BTreeMap::from([
+    let mut metadata = BTreeMap::from([
         ("format".into(), "pt".into()),
         (CONFIG_KEY.into(), config),
         (SCHEDULER_KEY.into(), scheduler),
     ]);
+    if let Some(sampling) = &source.sampling {
+        metadata.insert(SAMPLING_KEY.into(), serde_json::to_string(sampling)?);
+    }
     Ok(SaveOptions { dtype, metadata, ..SaveOptions::default() })
 }
 
 fn scheduler(source: &Source) -> Result<Value> {
-    source.scheduler.clone().map_or_else(|| scheduler::config(&source.objective), Ok)
+    let shift = source.sampling.as_ref().map_or(1.0, |sampling| sampling.shift);
+    source.scheduler.clone().map_or_else(|| scheduler::config(&source.objective, shift), Ok)
+}
+
+/// What the folder has no place for that other programs read.
+fn print_guidance(sampling: &SamplingSettings) {
+    if sampling.guidance == 1.0 {
+        return;
+    }
+    let mode = match sampling.guidance_mode {
+        GuidanceMode::All => "",
+        _ => ", which has no guidance mode",
+    };
+    println!(
+        "anneal samples it with the run's guidance; diffusers{mode} takes it at the call: pipeline(class_labels=[...], guidance_scale={}, num_inference_steps={})",
+        sampling.guidance, sampling.steps
+    );
 }
 
 fn write_diffusers(source: &Source, out: &Path, dtype: StoredDType) -> Result<()> {

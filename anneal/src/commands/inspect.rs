@@ -67,7 +67,7 @@ fn of_weights(files: TensorFiles) -> Result<Facts> {
     let model = source::weights_config(&files, None).ok();
     let mut lines: Vec<(String, String)> =
         files.paths().iter().map(|path| ("weights".into(), path.display().to_string())).collect();
-    let own = [source::CONFIG_KEY, source::SCHEDULER_KEY];
+    let own = [source::CONFIG_KEY, source::SCHEDULER_KEY, source::SAMPLING_KEY];
     let shown = files.metadata().iter().filter(|(key, _)| !own.contains(&key.as_str()));
     lines.extend(shown.map(|(key, value)| (format!("metadata {key}"), value.clone())));
     let hashed = files.paths().iter().map(|path| hash(path)).collect::<Result<_>>()?;

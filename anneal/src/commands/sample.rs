@@ -89,6 +89,9 @@ pub fn draw(source: &Source, drawing: &Drawing, out: &Path) -> Result<()> {
     if let Some((bar, _)) = progress {
         bar.finish();
     }
+    for warning in &samples.warnings {
+        eprintln!("warning: {warning}");
+    }
     output::write(&samples, out, &drawing.settings.caption())
 }
 
@@ -111,10 +114,10 @@ fn drawing(arguments: &Sample, source: &Source) -> Result<Drawing> {
     Ok(Drawing { settings, labels, first_seed: arguments.seed, latents, batch: arguments.batch })
 }
 
-/// The recipe's settings where there is a recipe, with the command line's changes.
+/// The settings of the run that the weights come from, if it is known, with the command line's changes.
 fn settings(arguments: &Sample, source: &Source) -> Result<SamplingSettings> {
-    let mut settings = match &source.recipe {
-        Some(recipe) => SamplingSettings::of(&recipe.sample),
+    let mut settings = match &source.sampling {
+        Some(settings) => settings.clone(),
         None => SamplingSettings {
             sampler: match source.objective.process() {
                 Process::Diffusion(_) => Sampler::Ddim,

@@ -4,12 +4,15 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use anneal_data::DataError;
 use anneal_models::dit::Dit;
 use anneal_recipe::Recipe;
+use anneal_train::TrainError;
+use anneal_train::data::DataSummary;
 use anneal_train::plan::Plan;
 use anneal_train::report::progress::Show;
 use anneal_train::report::summary;
-use anneal_train::run::{self, RunOptions, RunReport};
+use anneal_train::run::{self, DrawingProgress, RunOptions, RunReport};
 use anneal_train::settings;
 use anyhow::{Context, Result, bail};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -25,15 +28,37 @@ const DIGITS: &str = include_str!("../../../recipes/digits.yaml");
 const QUICKSTART_SAMPLES: usize = 100;
 
 pub fn train(arguments: &Train) -> Result<ExitCode> {
-    let mut recipe = Recipe::load(&arguments.recipe, &arguments.overrides)?;
+    let mut overrides = arguments.overrides.clone();
+    overrides.extend(arguments.device.as_deref().map(on_device));
+    overrides.extend(arguments.steps.map(|steps| format!("train.steps={steps}")));
+    let mut recipe = Recipe::load(&arguments.recipe, &overrides)?;
     recipe.memory_limit = arguments.memory_limit.or(recipe.memory_limit);
     if arguments.plan {
-        print!("{}", Plan::new(&recipe)?);
-        return Ok(ExitCode::SUCCESS);
+        return plan(&recipe);
     }
     let (report, code) = run_recipe(&recipe, arguments.quiet, false)?;
     print_report(&recipe, &report);
     Ok(code)
+}
+
+/// The change of a recipe that a flag `--device` stands for.
+fn on_device(device: &str) -> String {
+    format!("device={}", serde_json::Value::from(device))
+}
+
+/// Says what would be trained; fails where training would, except that the data may be elsewhere.
+fn plan(recipe: &Recipe) -> Result<ExitCode> {
+    let plan = Plan::new(recipe)?;
+    let (plan, result) = match DataSummary::open(recipe) {
+        Ok((data, warnings)) => (plan.with_data(data), Ok(warnings)),
+        Err(TrainError::Data(missing @ DataError::NotFound { .. })) => (plan, Ok(vec![missing.to_string()])),
+        Err(error) => (plan, Err(error)),
+    };
+    print!("{plan}");
+    for warning in result? {
+        eprintln!("warning: {warning}");
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 pub fn resume(arguments: &Resume) -> Result<ExitCode> {
@@ -50,10 +75,8 @@ pub fn resume(arguments: &Resume) -> Result<ExitCode> {
 }
 
 pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
-    let mut overrides = vec![
-        format!("output={}", serde_json::to_string(&arguments.output)?),
-        format!("device={}", serde_json::to_string(&arguments.device)?),
-    ];
+    let mut overrides =
+        vec![format!("output={}", serde_json::to_string(&arguments.output)?), on_device(&arguments.device)];
     overrides.extend(arguments.overrides.iter().cloned());
     let mut recipe = Recipe::from_yaml(DIGITS, "recipes/digits.yaml", &overrides)?;
     recipe.memory_limit = arguments.memory_limit.or(recipe.memory_limit);
@@ -84,8 +107,9 @@ fn run_recipe(recipe: &Recipe, quiet: bool, changed_recipe: bool) -> Result<(Run
     let (stop, signal) = catch_signals()?;
     let (model, _) = Dit::new(&settings::model_config(recipe)?)?;
     let model = Arc::new(model);
-    let preview =
-        |store| sampling::preview(recipe, model.clone(), store).map_err(|error| format!("{error:#}"));
+    let preview = |store, progress: &mut DrawingProgress| {
+        sampling::preview(recipe, model.clone(), store, progress).map_err(|error| format!("{error:#}"))
+    };
     let show = if quiet { Show::Nothing } else { Show::Auto };
     let report = run::run(recipe, &RunOptions { show, stop, preview: &preview, changed_recipe })?;
     let code = match signal.load(Ordering::Relaxed) {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anneal_models::dit::Dit;
 use anneal_recipe::Recipe;
 use anneal_train::report::summary::{self, Align, Table};
+use anneal_train::run::DrawingProgress;
 use anneal_train::settings;
 use anneal_train::verify::{VerifyOptions, cost_of_determinism, verify_resume as verify};
 use anyhow::{Context, Result, bail};
@@ -28,8 +29,9 @@ pub fn verify_resume(arguments: &VerifyResume) -> Result<ExitCode> {
     let scratch = tempfile::tempdir().context("no temporary folder for the checkpoint")?;
     let (model, _) = Dit::new(&settings::model_config(&recipe)?)?;
     let model = Arc::new(model);
-    let preview =
-        |store| sampling::preview(&recipe, model.clone(), store).map_err(|error| format!("{error:#}"));
+    let preview = |store, progress: &mut DrawingProgress| {
+        sampling::preview(&recipe, model.clone(), store, progress).map_err(|error| format!("{error:#}"))
+    };
     let changed = match settings::on_gpu(&recipe) {
         true => "with another number of workers and without captured steps",
         false => "with other numbers of workers and threads",

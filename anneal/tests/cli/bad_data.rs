@@ -96,6 +96,34 @@ fn a_label_out_of_range_names_the_sample() {
 }
 
 #[test]
+fn a_plan_looks_at_the_data() {
+    let folder = Folder::new();
+    image_folder(&folder);
+    let with =
+        |changes: &[&str]| folder.anneal(&[&["train", "tiny.yaml", "--plan"], &IMAGES[..], changes].concat());
+    let fitting = with(&[]).succeeds(&["photos: 20 images, 2 classes"]);
+    assert_eq!(fitting.err, "");
+    with(&["model.classes=1"]).fails(&["predicted memory", "photos/dogs/", "label 1 is out of range 0 to 0"]);
+    let advice = "warning: the data has 2 classes, so those of the model from class 2 on are never trained: give model.classes=2, not 7";
+    with(&["model.classes=7"]).succeeds(&["2 classes", advice]);
+    assert!(train_images(&folder, "run", &["model.classes=7"]).succeeds(&[]).err.contains(advice));
+    std::fs::create_dir(folder.path("photos/emus")).unwrap();
+    with(&[]).succeeds(&["photos: 20 images, 3 classes", "photos/emus: the class has no images"]);
+    let images = || Array::new([20, 8, 8, 1], Values::F32(floats(20)));
+    anneal_data::npz::write_npz(&folder.path("bare.npz"), &[("images", &images())]).unwrap();
+    let bare = ["train", "tiny.yaml", "--plan", "data.kind=npz", "data.path=bare.npz"];
+    folder.anneal(&bare).succeeds(&["bare.npz: 20 images, no labels", "give model.classes=1"]);
+    folder.write_npz(
+        "wide.npz",
+        Array::new([20, 12, 12, 3], Values::F32(noise_f32(2, 20 * 432))),
+        labels(20),
+    );
+    let wide = ["train", "tiny.yaml", "--plan", "data.kind=npz", "data.path=wide.npz"];
+    folder.anneal(&wide).fails(&["predicted memory", "[3, 12, 12]"]);
+    assert!(!folder.path("runs").exists(), "a plan writes nothing");
+}
+
+#[test]
 fn data_of_no_length_is_refused() {
     let folder = Folder::new();
     std::fs::create_dir(folder.path("photos")).unwrap();
@@ -164,6 +192,7 @@ fn training_that_diverges_skips_steps_and_then_stops() {
     let diverged = diverged.fails(&[
         "step 2 skipped: its gradient is not finite (1 so far)",
         "(2 so far)",
+        "step 4 skipped: its gradient is not finite (3 so far)",
         "3 steps in a row had a gradient that is not finite",
         "lower optim.lr",
     ]);

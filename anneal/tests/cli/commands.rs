@@ -37,6 +37,32 @@ fn every_command_has_help_with_examples() {
     folder.anneal(&["--version"]).succeeds(&["anneal ", env!("CARGO_PKG_VERSION")]);
 }
 
+/// What was given is no more required than it is in the help.
+#[test]
+fn changes_to_a_recipe_are_optional_in_every_usage_line() {
+    let folder = Folder::new();
+    for command in
+        ["quickstart", "train tiny.yaml", "resume run", "verify-resume tiny.yaml", "bench data tiny.yaml"]
+    {
+        let words: Vec<&str> = command.split(' ').chain(["seed=1", "--nonsense"]).collect();
+        let wrong = folder.anneal(&words).ends(2, &["--nonsense"]);
+        let usage = |text: &str| text.lines().find(|line| line.starts_with("Usage: ")).unwrap().to_owned();
+        assert!(usage(&wrong.err).ends_with(" [KEY=VALUE]..."), "{wrong:#?}");
+        let help = folder.anneal(&[&words[..words.len() - 2], &["--help"]].concat()).succeeds(&[]);
+        assert_eq!(usage(&help.out), usage(&wrong.err));
+    }
+}
+
+#[test]
+fn flags_of_train_stand_for_keys_of_the_recipe() {
+    let folder = Folder::new();
+    folder.train("run", &["--device", "cpu:2", "--steps", "4"]).succeeds(&["trained 4 steps"]);
+    let recipe = folder.text("run/recipe.yaml");
+    assert!(recipe.contains("device: cpu:2") && recipe.contains("steps: 4"), "{recipe}");
+    folder.train("run", &["--device", "gpu"]).fails(&["gpu"]);
+    folder.train("run", &["--steps", "0"]).fails(&["train.steps is 0"]);
+}
+
 /// The examples are commands that the parser takes: only files may be missing.
 #[test]
 fn the_examples_are_commands() {
@@ -58,7 +84,11 @@ fn the_shipped_recipes_make_plans() {
     for entry in std::fs::read_dir(recipes).unwrap() {
         let path = entry.unwrap().path();
         let plan = folder.anneal(&["train", path.to_str().unwrap(), "--plan"]);
-        plan.succeeds(&["parameters", "training", "device"]);
+        let plan = plan.succeeds(&["parameters", "training", "device"]);
+        match path.file_name().unwrap().to_string_lossy().contains("digits") {
+            true => assert!(plan.out.contains("built-in digits: 1,797 images, 10 classes"), "{plan:#?}"),
+            false => assert!(plan.err.contains("no such file or folder; check the path"), "{plan:#?}"),
+        }
         count += 1;
     }
     assert!(count >= 4, "{count} recipes");

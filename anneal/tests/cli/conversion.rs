@@ -117,17 +117,38 @@ fn an_original_file_remembers_what_the_model_predicts() {
     }
 }
 
+/// Without a word on the command line, weights that were taken elsewhere are sampled as their run samples.
+#[test]
+fn converted_weights_remember_the_guidance_and_sampler_of_their_run() {
+    let draw = |folder: &Folder, source: &str| {
+        let sampled = folder.anneal(&["sample", source, "--num", "4", "--out", "out.npz"]);
+        sampled.succeeds(&["sampler dpm_solver_2m, 4 steps, guidance 2.5"]);
+        folder.read("out.npz")
+    };
+    let own = ["sample.sampler=dpm_solver_2m", "sample.guidance=2.5", "model.convention=diffusers"];
+    let folder = trained_on_latents(&own);
+    let expected = draw(&folder, "run");
+    let call = "diffusers takes it at the call: pipeline(class_labels=[...], guidance_scale=2.5, num_inference_steps=4)";
+    folder.anneal(&["convert", "run", "exported", "--to", "diffusers"]).succeeds(&[call]);
+    assert!(draw(&folder, "exported") == expected, "diffusers folder");
+    let original = folder.anneal(&["convert", "exported", "original.safetensors", "--to", "original"]);
+    assert!(!original.succeeds(&[]).out.contains("diffusers takes"), "anneal itself reads the file");
+    assert!(draw(&folder, "original.safetensors") == expected, "original file");
+}
+
 #[test]
 fn a_flow_model_has_an_original_file_and_no_diffusers_folder() {
     let folder = Folder::new();
     let flow = crate::harness::TINY.replace("{schedule: squared_cosine, target: v}", "{kind: flow}");
     folder.write("tiny.yaml", flow.as_bytes());
-    folder.train("run", &[]).succeeds(&[]);
+    folder.train("run", &["sample.shift=3"]).succeeds(&[]);
     let refused = folder.anneal(&["convert", "run", "exported", "--to", "diffusers"]);
     refused.fails(&["flow matching", "use --to original"]);
     assert!(!folder.path("exported").exists());
     convert(&folder, "run", "flow.safetensors", "original");
     folder.anneal(&["sample", "flow.safetensors", "--num", "2", "--out", "a.npz"]).succeeds(&["flow_euler"]);
+    folder.anneal(&["sample", "run", "--num", "2", "--out", "b.npz"]).succeeds(&["flow_euler"]);
+    assert!(folder.read("a.npz") == folder.read("b.npz"), "the shift is the run's");
 }
 
 #[test]

@@ -110,6 +110,43 @@ fn a_signal_saves_a_checkpoint_and_says_how_to_continue() {
 }
 
 #[test]
+fn a_complete_run_is_left_as_it_is() {
+    let folder = Folder::new();
+    folder.train("run", &[]).succeeds(&[]);
+    let (names, metrics) = (folder.names("run"), folder.text("run/metrics.jsonl"));
+    assert!(names.iter().any(|name| name.starts_with("events.out.tfevents.")), "{names:?}");
+    for command in [&["train", "tiny.yaml", "output=run"][..], &["resume", "run"]] {
+        let again = folder.anneal(command).succeeds(&["already complete at step 6; nothing to do"]);
+        assert!(!again.err.contains("continuing"), "{again:#?}");
+        assert_eq!((folder.names("run"), folder.text("run/metrics.jsonl")), (names.clone(), metrics.clone()));
+    }
+}
+
+#[test]
+fn more_steps_that_raise_a_fallen_learning_rate_are_warned_of() {
+    let warns = |schedule: &str, more: &[&str]| {
+        let folder = Folder::new();
+        folder.train("run", &[schedule]).succeeds(&[]);
+        let resumed = folder.anneal(&[&["resume", "run", "--quiet", "train.steps=12"], more].concat());
+        let warnings: Vec<String> =
+            resumed.succeeds(&["6 more steps"]).err.lines().map(str::to_owned).collect();
+        let again = folder.anneal(&["resume", "run", "--quiet"]).succeeds(&[]);
+        assert_eq!(again.err, "", "it is told once");
+        warnings
+    };
+    let told = warns("optim.schedule=cosine", &[]);
+    assert_eq!(told.len(), 1, "{told:?}");
+    let rise =
+        "train.steps=12 stretches the cosine: the learning rate, 0.0e0 at step 6, rises to 4.3e-4 again";
+    assert!(
+        told[0].contains(rise) && told[0].contains("optim.schedule=constant optim.lr=1.0e-4"),
+        "{told:?}"
+    );
+    assert_eq!(warns("optim.schedule=cosine", &["optim.schedule=constant", "optim.lr=1.0e-4"]), [""; 0]);
+    assert_eq!(warns("optim.schedule=constant", &[]), [""; 0]);
+}
+
+#[test]
 fn workers_threads_and_chunks_do_not_change_a_bit() {
     let folder = Folder::new();
     let steps = ["train.steps=30", "data.flip=true"];

@@ -7,6 +7,7 @@
 //! takes itself off the screen.
 
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -123,7 +124,7 @@ fn lock<Value>(mutex: &Mutex<Value>) -> MutexGuard<'_, Value> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// How fast a count grows, over about the last half minute, pauses included.
+/// How fast a count grows, over about the last half minute, pauses included unless they are skipped.
 #[derive(Clone, Copy, Debug)]
 struct Speed {
     last: Instant,
@@ -151,6 +152,11 @@ impl Speed {
         (self.seconds > 0.0 && self.counted > 0.0).then(|| self.counted / self.seconds)
     }
 
+    /// Leaves out time that was spent on something else.
+    fn skip(&mut self, time: Duration) {
+        self.last += time;
+    }
+
     fn left(&self, total: u64) -> Option<Duration> {
         let seconds = total.saturating_sub(self.position) as f64 / self.per_second()?;
         Duration::try_from_secs_f64(seconds).ok()
@@ -170,19 +176,45 @@ pub struct TrainStatus {
     pub nonfinite_skipped: u64,
 }
 
-/// The progress of a training run.
+/// The progress of a training run. Samples drawn on the way are shown, are no part of the speed of steps, and count
+/// to the time left as often as they will be drawn.
 pub struct TrainProgress {
     screen: Screen,
     total: u64,
     first: u64,
     speed: Speed,
     loss: RunningMean,
+    drawings: Drawings,
+}
+
+/// Samples drawn every so many steps, and at the end.
+#[derive(Clone, Copy, Debug, Default)]
+struct Drawings {
+    /// 0 for never.
+    every: u64,
+    begun: Option<Instant>,
+    /// What the last one took.
+    each: Duration,
+}
+
+impl Drawings {
+    /// The time of those after a step; of none before the first is known.
+    fn left(&self, step: u64, total: u64) -> Duration {
+        if self.every == 0 || step >= total {
+            return Duration::ZERO;
+        }
+        // The last step's is drawn whether it is due or not.
+        let count = (total - 1) / self.every - step / self.every + 1;
+        self.each.saturating_mul(u32::try_from(count).unwrap_or(u32::MAX))
+    }
 }
 
 impl TrainProgress {
-    /// For a run of `total` steps that goes on after `done` of them.
-    pub fn new(show: Show, total: u64, done: u64) -> Self {
-        Self::on(Screen::new(show, Some(total)), total, done, Instant::now())
+    /// For a run of `total` steps that goes on after `done` of them, and draws samples every `draw_every` (0: never).
+    pub fn new(show: Show, total: u64, done: u64, draw_every: u64) -> Self {
+        let mut progress = Self::on(Screen::new(show, Some(total)), total, done, Instant::now());
+        progress.drawings.every = draw_every;
+        progress
     }
 
     fn on(screen: Screen, total: u64, done: u64, now: Instant) -> Self {
@@ -190,7 +222,14 @@ impl TrainProgress {
             bar.set_prefix("train");
             bar.set_position(done);
         }
-        Self { screen, total, first: done + 1, speed: Speed::new(now, done), loss: RunningMean::default() }
+        Self {
+            screen,
+            total,
+            first: done + 1,
+            speed: Speed::new(now, done),
+            loss: RunningMean::default(),
+            drawings: Drawings::default(),
+        }
     }
 
     /// Call after each step; it costs a few microseconds. The loss shown is a running mean.
@@ -202,12 +241,50 @@ impl TrainProgress {
         self.speed.update(now, status.step);
         self.loss.add(status.loss);
         let due = status.step == self.first || status.step == self.total;
-        let (loss, left) = (self.loss.value(), self.speed.left(self.total));
+        let drawings = self.drawings.left(status.step, self.total);
+        let (loss, left) = (self.loss.value(), self.speed.left(self.total).map(|left| left + drawings));
         let total = self.total;
         self.screen.show(now, due, status.step, |kind| match kind {
             Kind::Bar(_) => train_text(status, loss, left),
             _ => format!("{}  {}", position_text("step", status.step, total), train_text(status, loss, left)),
         });
+    }
+
+    /// Samples begin to be drawn; [`Self::drawn`] ends it.
+    pub fn begin_drawing(&mut self) {
+        self.begin_drawing_at(Instant::now());
+    }
+
+    fn begin_drawing_at(&mut self, now: Instant) {
+        self.drawings.begun = Some(now);
+    }
+
+    /// Call when `done` of `all` parts of the samples' work are done.
+    pub fn drawing(&self, done: usize, all: usize) {
+        self.drawing_at(done, all, Instant::now());
+    }
+
+    fn drawing_at(&self, done: usize, all: usize, now: Instant) {
+        self.screen.show(now, false, self.speed.position, |kind| {
+            let text = position_text("drawing samples", done as u64, all as u64);
+            match kind {
+                Kind::Bar(_) => text,
+                _ => format!("{}  {text}", position_text("step", self.speed.position, self.total)),
+            }
+        });
+    }
+
+    /// The samples are in `file`.
+    pub fn drawn(&mut self, file: &Path) {
+        self.drawn_at(file, Instant::now());
+    }
+
+    fn drawn_at(&mut self, file: &Path, now: Instant) {
+        let Some(begun) = self.drawings.begun.take() else { return };
+        self.drawings.each = now.saturating_duration_since(begun);
+        self.speed.skip(self.drawings.each);
+        let took = summary::duration(self.drawings.each);
+        self.screen.println(&format!("samples in {}   (drawn in {took})", file.display()));
     }
 
     /// For the other output of the process.

@@ -124,6 +124,38 @@ fn time_left_follows_the_recent_speed() {
 }
 
 #[test]
+fn drawing_samples_is_shown_and_is_no_part_of_the_speed() {
+    let (paper, start) = (Paper::default(), Instant::now());
+    let mut progress = TrainProgress::on(Screen::lines(Box::new(paper.clone()), start), 100, 0, start);
+    progress.drawings.every = 40;
+    let at = |seconds: u64| start + Duration::from_secs(seconds);
+    (1..=40).for_each(|step| progress.update_at(&status(step), at(step)));
+    let left = |text: &str| text.split("img/s  ").last().unwrap().split(" left").next().unwrap().to_owned();
+    assert_eq!(left(&paper.text()), "1m 09s", "step 31; no drawing is known yet");
+    progress.begin_drawing_at(at(40));
+    progress.drawing_at(1, 4, at(45));
+    progress.drawing_at(2, 4, at(55));
+    assert_eq!(paper.text().lines().last(), Some("step 40/100 (40%)  drawing samples 2/4 (50%)"));
+    progress.drawn_at(Path::new("samples/step-40.png"), at(70));
+    assert_eq!(paper.text().lines().last(), Some("samples in samples/step-40.png   (drawn in 30s)"));
+    (41..=80).for_each(|step| progress.update_at(&status(step), at(30 + step)));
+    // 29 steps of a second, and the drawings of steps 80 and 100, of 30 s each.
+    let text = paper.text();
+    let lines: Vec<&str> = text.lines().filter(|line| line.contains("img/s")).collect();
+    assert!(lines.last().unwrap().starts_with("step 71/"), "{text}");
+    assert_eq!(left(lines.last().unwrap()), "1m 29s");
+}
+
+#[test]
+fn drawings_left_are_those_that_will_be_made() {
+    let drawings = Drawings { every: 40, begun: None, each: Duration::from_secs(1) };
+    let left = |total| move |step| drawings.left(step, total).as_secs();
+    assert_eq!([0, 39, 40, 79, 80, 99, 100].map(left(100)), [3, 3, 2, 2, 1, 1, 0]);
+    assert_eq!([0, 39, 40, 79, 80].map(left(80)), [2, 2, 1, 1, 0]);
+    assert_eq!(Drawings { every: 0, ..drawings }.left(3, 100), Duration::ZERO);
+}
+
+#[test]
 fn a_bar_makes_room_for_other_output() {
     let (paper, start) = (Paper::default(), Instant::now());
     let target = ProgressDrawTarget::term_like_with_hz(Box::new(paper.clone()), 255);

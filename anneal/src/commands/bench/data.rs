@@ -32,7 +32,8 @@ pub fn data(arguments: &BenchData) -> Result<()> {
     // In turns, so that the machine's moods meet both alike; the first round warms up.
     for round in 0..=arguments.batches {
         for (trainer, times) in [&mut own, &mut ready].into_iter().zip(&mut times) {
-            let outcomes = trainer.step()?;
+            let mut outcomes = Vec::new();
+            trainer.step(&mut outcomes)?;
             if round > 0 {
                 times.extend(outcomes.iter().map(|outcome| outcome.seconds));
             }

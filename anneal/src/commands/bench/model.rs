@@ -126,10 +126,8 @@ pub fn step(arguments: &BenchModel) -> Result<()> {
     let mut trainer = Trainer::new(&recipe(arguments, &config, &data)?)?;
     let device = trainer.device().clone();
     let what = format!("training step, {}", name(&config, arguments));
-    let mut run = || {
-        trainer.step()?;
-        Ok(())
-    };
+    let mut outcomes = Vec::new();
+    let mut run = || Ok(trainer.step(&mut outcomes)?);
     if arguments.profile {
         let rows = clock::profile(&device, arguments.warmup.max(1), arguments.steps, run)?;
         print_profile(&what, &device, &rows, arguments.steps, arguments.json);
@@ -137,13 +135,13 @@ pub fn step(arguments: &BenchModel) -> Result<()> {
     }
     let warmup = clock::capturing_warmup(&device, arguments.warmup);
     let timed = clock::time(&device, warmup, arguments.steps, &mut run)?;
-    let losses: Vec<f64> = trainer.finish_steps()?.iter().map(|outcome| outcome.loss).collect();
+    trainer.finish_steps(&mut outcomes)?;
     for warning in trainer.take_warnings() {
         eprintln!("warning: {warning}");
     }
     let mut extra = Map::new();
-    if let Some(loss) = losses.last() {
-        extra.insert("last_loss".into(), (*loss).into());
+    if let Some(last) = outcomes.last() {
+        extra.insert("last_loss".into(), last.loss.into());
     }
     let operations = 3.0 * forward_operations(&config) * arguments.batch as f64;
     Measured { what, device, timed, images: arguments.batch, operations, extra }.print(arguments.json);

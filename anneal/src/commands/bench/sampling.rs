@@ -51,7 +51,10 @@ pub fn sample(arguments: &BenchSample) -> Result<()> {
         objective: objective.clone(),
     };
     let run = |request: &Request| {
-        pipeline.sample(request, &mut |_, _| ControlFlow::Continue(()))?;
+        let samples = pipeline.sample(request, &mut |_, _| ControlFlow::Continue(()))?;
+        for warning in &samples.warnings {
+            eprintln!("warning: {warning}");
+        }
         anyhow::Ok(())
     };
     // A short run warms up as well as a whole one.

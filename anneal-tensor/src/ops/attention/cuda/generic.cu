@@ -11,7 +11,7 @@
 // attention_backward_keys_generic(Arguments)     grid (ceil(M / TILE), H, B): dk and dv
 //   block TILE * LANES threads; shared 4 * (4 * TILE * (HEAD_DIM | 1) + 2 * TILE * (TILE + 1) + 2 * TILE)
 // Contracts as in forward_mma.cu and backward_mma.cu, without alignment; query_partial is not used.
-// TILE is 32, or 16 for head dims above 256. BIAS as everywhere.
+// TILE is 32, 16 or 8: what fits the device's shared memory, and no more than 16 for head dims above 256. BIAS as everywhere.
 
 #ifndef TILE
 #define TILE 32

@@ -66,11 +66,11 @@ impl Geometry {
         Launch::new(grid, self.threads).shared(self.shared)
     }
 
-    pub(super) fn forward(family: Family, dim: usize) -> Self {
+    pub(super) fn forward(family: Family, dim: usize, properties: &Properties) -> Self {
         match family {
             Family::Warpgroups => Self::forward_of_warpgroups(dim),
             Family::Warps => Self::forward_of_warps(dim),
-            Family::Plain => Self::plain(dim),
+            Family::Plain => Self::first_that_fits(Self::all_plain(dim), properties.shared_memory_per_block),
         }
     }
 
@@ -78,16 +78,20 @@ impl Geometry {
         match family {
             Family::Warpgroups => Self::backward_of_warpgroups(dim),
             Family::Warps => {
-                let mut all = Self::all_backward_of_warps(dim);
-                let fits = |geometry: &Self| geometry.shared <= properties.shared_memory_per_block;
-                let first = all.iter().position(fits).unwrap_or(all.len() - 1);
-                all.swap_remove(first)
+                Self::first_that_fits(Self::all_backward_of_warps(dim), properties.shared_memory_per_block)
             }
-            Family::Plain => Self::plain(dim),
+            Family::Plain => Self::forward(family, dim, properties),
         }
     }
 
-    fn forward_of_warpgroups(dim: usize) -> Self {
+    /// The first that asks for no more shared memory than a block may have, or the last.
+    fn first_that_fits(mut all: Vec<Self>, shared_memory_per_block: usize) -> Self {
+        let fits = |geometry: &Self| geometry.shared <= shared_memory_per_block;
+        let first = all.iter().position(fits).unwrap_or(all.len() - 1);
+        all.swap_remove(first)
+    }
+
+    pub(super) fn forward_of_warpgroups(dim: usize) -> Self {
         let (groups, key_block, stages) = (2, 64, 4);
         // Two blocks on a multiprocessor, while their registers and tiles fit.
         let blocks = if dim <= 80 { 2 } else { 1 };
@@ -112,7 +116,7 @@ impl Geometry {
         Self { macros, rows, threads: 128 * groups, shared }
     }
 
-    fn forward_of_warps(dim: usize) -> Self {
+    pub(super) fn forward_of_warps(dim: usize) -> Self {
         let (warps, tiles, key_block, stages) = (4, if dim <= 80 { 2 } else { 1 }, 64, 2);
         let rows = 16 * tiles * warps;
         let macros = vec![
@@ -147,10 +151,15 @@ impl Geometry {
         if dim <= 80 { narrow.into() } else { wide.into() }
     }
 
-    fn plain(dim: usize) -> Self {
-        let (tile, lanes) = (if dim <= 256 { 32 } else { 16 }, 8);
-        let shared = 4 * (4 * tile * (dim | 1) + 2 * tile * (tile + 1) + 2 * tile);
-        Self { macros: vec![("TILE", tile)], rows: tile, threads: tile * lanes, shared }
+    /// The fastest first; the last fits the shared memory of every device up to a head dim of 768.
+    pub(super) fn all_plain(dim: usize) -> Vec<Self> {
+        const LANES: usize = 8;
+        let of = |tile: usize| {
+            let shared = 4 * (4 * tile * (dim | 1) + 2 * tile * (tile + 1) + 2 * tile);
+            Self { macros: vec![("TILE", tile)], rows: tile, threads: tile * LANES, shared }
+        };
+        let tiles: &[usize] = if dim <= 256 { &[32, 16, 8] } else { &[16, 8] };
+        tiles.iter().copied().map(of).collect()
     }
 }
 
@@ -174,6 +183,20 @@ mod tests {
                 let share = blocks.div_ceil(parts);
                 assert!((parts - 1) * share < blocks && parts * share >= blocks, "{blocks} {heads} {parts}");
             }
+        }
+    }
+
+    #[test]
+    fn plain_loops_take_the_largest_tile_that_fits_the_device() {
+        // sm_86 and sm_89, sm_80, sm_90: bytes that a block may have.
+        let devices = [101_376, 166_912, 232_448];
+        let rows = |dim, device| Geometry::first_that_fits(Geometry::all_plain(dim), device).rows;
+        assert_eq!(devices.map(|device| rows(160, device)), [32, 32, 32]);
+        assert_eq!(devices.map(|device| rows(256, device)), [16, 32, 32]);
+        assert_eq!(devices.map(|device| rows(512, device)), [8, 16, 16]);
+        for (dim, device) in (1..=768).flat_map(|dim| devices.map(|device| (dim, device))) {
+            let geometry = Geometry::first_that_fits(Geometry::all_plain(dim), device);
+            assert!(geometry.shared <= device, "head dim {dim}: {geometry:?}");
         }
     }
 

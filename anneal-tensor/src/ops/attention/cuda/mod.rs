@@ -171,7 +171,7 @@ pub(super) fn forward(
         return clear(cuda, output);
     }
     let family = Family::of(cuda.properties(), &[&operands.query, &operands.key, &operands.value, output]);
-    let geometry = Geometry::forward(family, dim);
+    let geometry = Geometry::forward(family, dim, cuda.properties());
     let kernel = match family {
         Family::Warpgroups => (&FORWARD_WGMMA, "attention_forward_wgmma"),
         Family::Warps => (&FORWARD_MMA, "attention_forward_mma"),
@@ -230,7 +230,7 @@ fn backward_plain(
     macros: &[(&'static str, String)],
     parameters: Parameters,
 ) -> Result<()> {
-    let geometry = Geometry::forward(Family::Plain, sizes.dim);
+    let geometry = Geometry::backward(Family::Plain, sizes.dim, cuda.properties());
     let macros = [macros.to_vec(), geometry.macros()].concat();
     let over_queries = ("attention_backward_queries_generic", sizes.queries);
     let over_keys = ("attention_backward_keys_generic", sizes.keys);
@@ -307,23 +307,26 @@ pub(super) fn revision() -> u64 {
 
 /// Every family at head dims that reach all of its code.
 pub(in crate::ops) fn variants() -> Vec<Variant> {
-    let mut all = Vec::new();
-    let mut add = |source: Source, common: &[_], geometry: Geometry| {
-        all.push(Variant { source, macros: [common.to_vec(), geometry.macros()].concat() });
+    let variant = |source: Source, common: &[_], geometry: Geometry| Variant {
+        source,
+        macros: [common.to_vec(), geometry.macros()].concat(),
     };
+    let mut all = Vec::new();
     for (dtype, bias, dim) in [(DType::BF16, None, 72), (DType::F16, Some(DType::F32), 128)] {
         let common = macros(dim, dtype, bias);
-        add(FORWARD_MMA, &common, Geometry::forward(Family::Warps, dim));
+        all.push(variant(FORWARD_MMA, &common, Geometry::forward_of_warps(dim)));
         for geometry in Geometry::all_backward_of_warps(dim) {
-            add(BACKWARD_MMA, &common, geometry);
+            all.push(variant(BACKWARD_MMA, &common, geometry));
         }
-        add(FORWARD_WGMMA, &common, Geometry::forward(Family::Warpgroups, dim));
-        add(BACKWARD_WGMMA, &common, Geometry::backward_of_warpgroups(dim));
+        all.push(variant(FORWARD_WGMMA, &common, Geometry::forward_of_warpgroups(dim)));
+        all.push(variant(BACKWARD_WGMMA, &common, Geometry::backward_of_warpgroups(dim)));
     }
     for (dtype, bias) in [(DType::F32, None), (DType::BF16, Some(DType::F16))] {
         let common = macros(36, dtype, bias);
-        add(GENERIC, &common, Geometry::forward(Family::Plain, 36));
-        add(REDUCE, &common, Geometry::forward(Family::Plain, 36));
+        for geometry in Geometry::all_plain(36) {
+            all.push(variant(GENERIC, &common, geometry));
+        }
+        all.push(Variant { source: REDUCE, macros: common });
     }
     all
 }
