@@ -110,15 +110,12 @@ impl CudaDevice {
     ) -> Result<Vec<Option<f32>>, DeviceError> {
         let times = self.time_each(candidates, RUNS, run)?;
         let Some((_, least)) = fastest(&times).filter(|(_, least)| *least >= HEAVY) else { return Ok(times) };
-        let profile = self.profile.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
         let settled = |(candidate, time): (&usize, &Option<f32>)| match time {
             // What is far behind stays so.
             Some(time) if *time <= 1.3 * least => self.time_under_load(*candidate, *time, run).map(Some),
             other => Ok(*other),
         };
-        let settled = candidates.iter().zip(&times).map(settled).collect();
-        *self.profile.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = profile;
-        settled
+        self.unprofiled(|| candidates.iter().zip(&times).map(settled).collect())
     }
 
     /// One candidate's time over the second half of [`LOAD`].
@@ -149,10 +146,15 @@ impl CudaDevice {
         runs: usize,
         run: &mut dyn FnMut(usize) -> bool,
     ) -> Result<Vec<Option<f32>>, DeviceError> {
+        self.unprofiled(|| self.time_unprofiled(candidates, runs, run))
+    }
+
+    /// Work that is in no profile.
+    fn unprofiled<T>(&self, work: impl FnOnce() -> T) -> T {
         let profile = self.profile.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
-        let times = self.time_unprofiled(candidates, runs, run);
+        let result = work();
         *self.profile.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = profile;
-        times
+        result
     }
 
     fn time_unprofiled(

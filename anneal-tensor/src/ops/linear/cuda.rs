@@ -8,7 +8,8 @@ use super::matrix::{MatrixView, element_of};
 use crate::kernels::{blocks_to_fill, element};
 use crate::{DType, Result, Tensor};
 
-const SOURCE: Source = Source { name: "linear", code: include_str!("kernel.cu") };
+const SOURCE: Source =
+    Source { name: "linear", code: concat!(include_str!("activation.cuh"), include_str!("kernel.cu")) };
 /// As in the kernels: threads of a block, and columns that a block sums.
 const THREADS: usize = 256;
 const COLUMNS: usize = 128;

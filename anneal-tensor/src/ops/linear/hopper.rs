@@ -14,7 +14,11 @@ use crate::{DType, Result, Tensor};
 
 const SOURCE: Source = Source {
     name: "product_wgmma",
-    code: concat!(include_str!("../hopper.cuh"), include_str!("product_wgmma.cu")),
+    code: concat!(
+        include_str!("../hopper.cuh"),
+        include_str!("activation.cuh"),
+        include_str!("product_wgmma.cu")
+    ),
 };
 /// As in the kernel.
 const TILE_ROWS: usize = 128;
@@ -119,11 +123,11 @@ fn launch(
 ) -> Result<()> {
     let backward = macros.contains(&("BACKWARD", "1".into()));
     let kernel = cuda.kernel(&SOURCE, "product_wgmma", &macros)?;
-    let sizes = |tensor: &Tensor| {
-        let width = tensor.size(tensor.rank() - 1);
-        [tensor.elements() / width, width]
-    };
-    let ([rows, depth], [b_rows, b_columns]) = (sizes(a), sizes(b.memory));
+    let depth = a.size(a.rank() - 1);
+    let rows = a.elements() / depth;
+    // A weight may have more dimensions, which are columns.
+    let b_rows = b.memory.size(0);
+    let b_columns = b.memory.elements() / b_rows;
     let columns = if backward { b_columns } else { b_rows };
     let element = element_of(a.dtype())?;
     let mut arguments = Arguments::new()

@@ -16,10 +16,6 @@
 // Sums are in f32 and in an order that the shape alone decides: rows of a thread, threads of a block,
 // blocks of a column. No kernel uses atomics.
 
-#ifndef ACTIVATION
-#define ACTIVATION 0
-#endif
-
 typedef ELEMENT T;
 constexpr int PACK = 16 / sizeof(T);
 constexpr int COLUMNS = 128;
@@ -29,22 +25,6 @@ constexpr int ROWS = THREADS / LANES;
 // Rows of a thread whose loads are under way together: 64 bytes of each thread in both kernels that sum.
 constexpr int AHEAD = 4;
 constexpr int PAIRS_AHEAD = 2;
-
-#if ACTIVATION == 1
-// Value and derivative share the tanh.
-__device__ __forceinline__ void value_and_derivative(float x, float &value, float &derivative) {
-    float t = tanh_of(0.7978845608028654f * (x + 0.044715f * x * x * x));
-    float slope = 0.7978845608028654f * (1.0f + 0.134145f * x * x);
-    value = 0.5f * x * (1.0f + t);
-    derivative = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * slope;
-}
-#elif ACTIVATION == 2
-__device__ __forceinline__ void value_and_derivative(float x, float &value, float &derivative) {
-    float s = sigmoid_of(x);
-    value = x * s;
-    derivative = s * (1.0f + x * (1.0f - s));
-}
-#endif
 
 // PACK elements, of which `valid` exist; all of them where packs are whole and aligned.
 __device__ __forceinline__ Held<T, PACK> load_some(const T *from, int valid, bool whole) {

@@ -62,31 +62,6 @@ struct Tiles {
     __device__ __forceinline__ int column(int tile) const { return tile % column_tiles * TILE_COLUMNS; }
 };
 
-__device__ __forceinline__ float exp2_of(float x) {
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-    return power;
-}
-
-#if ACTIVATION == 1
-// GELU by its tanh form is x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
-__device__ __forceinline__ void value_and_derivative(float x, float &value, float &derivative) {
-    float square = x * x;
-    // -2 u log2 e, and 2 u'.
-    float power = x * (-2.302208198f - 0.102943240f * square);
-    float s = __fdividef(1.0f, 1.0f + exp2_of(power));
-    value = x * s;
-    float rest = value - value * s;
-    derivative = s + rest * (1.5957691216f + 0.2140644489f * square);
-}
-#elif ACTIVATION == 2
-__device__ __forceinline__ void value_and_derivative(float x, float &value, float &derivative) {
-    float s = __fdividef(1.0f, 1.0f + exp2_of(-1.4426950409f * x));
-    value = x * s;
-    derivative = s + (value - value * s);
-}
-#endif
-
 /// The copying thread: both operands' tiles, stage by stage, and the bias of a tile with its first stage.
 __device__ __forceinline__ void copy_tiles(u32 base, const Map *a, const Map *b, const T *bias, const Tiles &tiles) {
     int stage = 0, phase = 0, bias_place = 0;

@@ -1,6 +1,6 @@
 use anneal_tensor::ops::{self, Activation};
 use anneal_tensor::{DType, Device, Tensor};
-use anneal_testkit::{Array, check_op};
+use anneal_testkit::{Array, Tolerance, assert_close, check_op, on_every_device};
 
 pub fn activated(activation: Activation, value: f64) -> f64 {
     match activation {
@@ -72,4 +72,31 @@ fn shapes_that_do_not_fit_are_named() {
     let half = Tensor::zeros(&device, &[5, 3], DType::BF16).unwrap();
     let message = ops::linear(&zeros(&[2, 3]), &half, None, Activation::None).unwrap_err().to_string();
     assert!(message.contains("f32") && message.contains("bf16"), "{message}");
+}
+
+/// On a GPU by every way that it has for an activation.
+#[test]
+fn a_weight_with_more_dimensions_and_an_activation_is_a_matrix_of_rows() {
+    on_every_device("linear of a patch weight with an activation", |device| {
+        let values = |seed, dims: &[usize]| {
+            let tensor = |value: &f64| 0.3 * *value as f32;
+            let values: Vec<f32> = Array::normal(seed, dims).values.iter().map(tensor).collect();
+            ops::cast(&Tensor::from_slice(device, &values, dims).unwrap(), DType::BF16).unwrap()
+        };
+        let (x, weight) = (values(1, &[40, 32]), values(2, &[24, 2, 2, 8]));
+        let of = |weight: &Tensor| {
+            let y = ops::linear(&x, weight, None, Activation::GeluTanh).unwrap();
+            ops::cast(&y, DType::F32).unwrap().to_vec::<f32>().unwrap()
+        };
+        let expected = of(&ops::reshape(&weight, &[24, 32]).unwrap());
+        for way in 0..3 {
+            if let Device::Cuda(cuda) = device {
+                cuda.prefer_way(Some(way));
+            }
+            assert_close(&format!("way {way} on {device}"), &of(&weight), &expected, Tolerance::Bf16);
+        }
+        if let Device::Cuda(cuda) = device {
+            cuda.prefer_way(None);
+        }
+    });
 }
