@@ -215,6 +215,27 @@ __device__ __forceinline__ void copy_box_to_both(u32 to, const void *map, int x,
         : "memory");
 }
 
+/// Copies the box at `place` of a map of four dimensions; its bytes count at the barrier.
+__device__ __forceinline__ void copy_box(u32 to, const void *map, const int (&place)[4], u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+        "l"(map), "r"(place[0]), "r"(place[1]), "r"(place[2]), "r"(place[3]), "r"(barrier)
+        : "memory");
+}
+
+/// Starts writing the box at `place` from shared memory; what lies outside of the map is left out. `publish` and a meeting
+/// of the threads that wrote it go before.
+__device__ __forceinline__ void store_box(u32 from, const void *map, const int (&place)[4]) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%1, {%2, %3, %4, %5}], [%0];" ::"r"(from),
+                 "l"(map), "r"(place[0]), "r"(place[1]), "r"(place[2]), "r"(place[3])
+                 : "memory");
+}
+
+/// Waits until the boxes that this thread stores have left shared memory.
+__device__ __forceinline__ void wait_boxes_left() {
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 __device__ __forceinline__ u32 load_word(u32 address) {
     u32 word;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");

@@ -1,152 +1,551 @@
-// Attention backward by warpgroups of sm_90a, deterministic: backward_mma.cu's walk with wgmma.
+// Attention backward by warpgroups of sm_90a, deterministic: no races, every sum in a fixed order.
 //
-// FlashAttention-2 (arXiv 2307.08691), algorithm 2, with scores transposed. A warpgroup owns
-// 64 M_TILES keys and their gradients, which stay in registers; `p^T` and `ds^T` are left factors of
-// `dv` and `dk` as they come out of the softmax. `ds^T` also goes to shared memory, where it is the
-// left factor of `dq = ds k`, its columns leading. That product runs one block of queries late, so that all
-// threads meet once a block; warpgroups share its columns.
+// FlashAttention-2 (arXiv 2307.08691), algorithm 2, the other way around: a block of threads keeps up to
+// `128 M_TILES` queries of a head and walks over the keys by 64, as soon as others have what it needs.
+//   walking groups, two, of 64 M_TILES queries each: s = q k^T, p = 2^(s scale log2 e + bias - lse), dp = do v^T,
+//            ds = p * (dp - rowsum(do * o)), dq += ds k with ds as it comes out of the matrix unit; dq stays in registers
+//   value group  dv = p^T do of 64 keys, with p from shared memory; requests do and o, and makes rowsum(do * o)
+//   key group    dk = ds^T q, with ds from shared memory; requests queries, keys and values
+// The copy engine brings and stores boxes of 64 rows. Blocks of threads stay for several heads: queries of the next arrive
+// while this one is at work, and no group waits for another but where it needs its results.
 //
-// attention_backward_wgmma(Arguments): as attention_backward_mma.
-//   grid   (parts, heads, batch), such that each part gets one of the ceil(keys / (64 M_TILES GROUPS)) blocks
-//   block  128 GROUPS threads
-//   shared 2 HEAD_DIM (2 K + 320) + 256 K + 2048, K = 64 M_TILES GROUPS, bytes
-// Macros beside those of common.cuh: GROUPS (warpgroups), M_TILES (of 64 keys a warpgroup),
-// SUB_QUERIES (32, or 64 for narrow heads: walked at a time), MIN_BLOCKS.
+// With at most `128 M_TILES` queries (256 tokens of an image) all gradients are final. With more, a block of threads visits its
+// share of the queries one after the other and adds to dk and dv in f32 in memory, where each address belongs to one
+// thread; shares of several blocks are added by attention_reduce_rows.
+//
+// attention_backward_wgmma(Arguments, Maps): reads all but the gradients; writes query_gradient, key_gradient, value_gradient
+// (with several visits by way of `partial`, `[keys and values, parts, B, H, M, D]`) and, where not null, bias_partial.
+//   grid   as many blocks as run at once, at most parts heads batch
+//   block  512 threads
+//   shared 512 D QUERY_STAGES + 1024 D + 32768 + 1024 QUERY_STAGES + 1024 + 256 bytes
+// Macros beside those of common.cuh: M_TILES (1 or 2), QUERY_STAGES (of 128 queries, at least M_TILES).
 
-constexpr int ZEROS_OFFSET = END_OFFSET;
-constexpr int SHARE = 8 / GROUPS;  // of a panel of `dq`, for each warpgroup, in eights of columns
-
-/// `dq` of 64 queries: this warpgroup's share of each panel, and the columns beyond, which all
-/// warpgroups make, so that they need no branch, and the last one stores.
-struct QuerySums {
-    float panel[PANEL_COUNT][SHARE][4];
-    float rest[1][REST_TILES][4];
+/// Maps of the driver over `(D, H, N or M, B)` of rows. Boxes are 64 rows of a head by 64 columns swizzled by 128 bytes, and by
+/// the 8 columns of a chunk for what is left of the head dim.
+struct alignas(64) Map {
+    u64 words[16];
+};
+struct RowMaps {
+    Map panels, chunks;
+};
+struct Maps {
+    RowMaps query, key, value, output, output_gradient, query_gradient, key_gradient, value_gradient;
 };
 
-/// Starts `dq = ds k` of a block.
-__device__ __forceinline__ void start_query_gradients(QuerySums &c, const Place &at, int block) {
-    const Operand ds = chunk_operand(ds_tile(at, block), 128, DS_CHUNK_BYTES);
-    const Operand panels = panel_operand(key_tile(at) + at.warp / 4 * SHARE * 16);
-    const Operand rest = chunk_operand(key_tile(at) + PANELS * KeyLayout::PANEL_BYTES, 128, KeyLayout::CHUNK_BYTES);
-    begin_products();
-#pragma unroll
-    for (int k = 0; k < KEY_ROWS / 16; k++) {
-#pragma unroll
-        for (int panel = 0; panel < PANELS; panel++)
-            Product<SHARE>::shared<1, 1>(
-                c.panel[panel], ds.at(k * 256), panels.at(panel * KeyLayout::PANEL_BYTES + k * 2048), k > 0);
-        if constexpr (REST > 0)
-            Product<REST_TILES>::shared<1, 1>(c.rest[0], ds.at(k * 256), rest.at(k * 256), k > 0);
-    }
-    commit_products();
+constexpr int GROUP_THREADS = 128, WALKING_GROUPS = 2, VALUE_GROUP = 2, KEY_GROUP = 3, THREADS = 4 * GROUP_THREADS;
+constexpr int BOX_ROWS = 64, KEY_BLOCK = BOX_ROWS, KEY_STAGES = 2, KEY_TILES = KEY_BLOCK / 8;
+constexpr int STAGE_ROWS = BOX_ROWS * WALKING_GROUPS;
+constexpr int QUERY_ROWS = STAGE_ROWS * M_TILES;
+constexpr int SLOTS = WALKING_GROUPS;  // of p and of ds, one for each walking group
+// Registers of a thread.
+constexpr int WALKING_REGISTERS = 184, OTHER_REGISTERS = 72;
+typedef PanelLayout<STAGE_ROWS> QueryLayout;
+typedef PanelLayout<KEY_BLOCK> KeyLayout;
+typedef float Scores[KEY_TILES][4];
+
+// Shared memory: stages of queries with do, stages of keys with values, o of a stage, slots of p and of ds, dq on its way out,
+// statistics, zeros, barriers.
+constexpr int QUERY_STAGE_BYTES = 2 * QueryLayout::BYTES, KEY_STAGE_BYTES = 2 * KeyLayout::BYTES;
+constexpr int PANEL_BYTES = 64 * 128;
+constexpr int KEYS_OFFSET = QUERY_STAGES * QUERY_STAGE_BYTES;
+constexpr int OUTPUT_OFFSET = KEYS_OFFSET + KEY_STAGES * KEY_STAGE_BYTES;
+constexpr int SLOTS_OFFSET = OUTPUT_OFFSET + QueryLayout::BYTES;
+constexpr int STAGED_OFFSET = SLOTS_OFFSET + 2 * SLOTS * PANEL_BYTES;
+constexpr int STATISTICS_OFFSET = STAGED_OFFSET + WALKING_GROUPS * KeyLayout::BYTES;
+constexpr int ZEROS_OFFSET = STATISTICS_OFFSET + QUERY_STAGES * STAGE_ROWS * 8;
+constexpr int BARRIERS_OFFSET = ZEROS_OFFSET + 64 * 16;
+static_assert(KeyLayout::BYTES <= SLOTS * PANEL_BYTES, "dk and dv go out by way of slots");
+
+__device__ __forceinline__ u32 query_tile(u32 shared, int stage) { return shared + stage * QUERY_STAGE_BYTES; }
+__device__ __forceinline__ u32 upstream_tile(u32 shared, int stage) {
+    return query_tile(shared, stage) + QueryLayout::BYTES;
+}
+__device__ __forceinline__ u32 key_tile(u32 shared, int stage) { return shared + KEYS_OFFSET + stage * KEY_STAGE_BYTES; }
+__device__ __forceinline__ u32 value_tile(u32 shared, int stage) { return key_tile(shared, stage) + KeyLayout::BYTES; }
+/// `what` is 0 for p, 1 for ds.
+__device__ __forceinline__ u32 panel(u32 shared, int slot, int what) {
+    return shared + SLOTS_OFFSET + (what * SLOTS + slot) * PANEL_BYTES;
+}
+__device__ __forceinline__ u32 statistics(u32 shared, int stage) {
+    return shared + STATISTICS_OFFSET + stage * STAGE_ROWS * 8;
 }
 
-__device__ __forceinline__ void end_query_gradients(QuerySums &c, const Arguments &a, const Place &at, int block) {
-    hold(c.panel);
-    hold(c.rest);
-    if (a.query_gradient.data == nullptr) return;
-    const int row = block * QUERY_BLOCK + at.warp % 4 * 16, group = at.warp / 4;
+// Barriers: do with o that arrived, queries with do and statistics, keys with values; keys that no walking group needs any more;
+// p and ds written and taken.
+__device__ __forceinline__ u32 barrier(u32 shared, int number) { return shared + BARRIERS_OFFSET + number * 8; }
+__device__ __forceinline__ u32 upstream_arrived(u32 shared) { return barrier(shared, 0); }
+__device__ __forceinline__ u32 queries_arrived(u32 shared, int stage) { return barrier(shared, 1 + stage); }
+__device__ __forceinline__ u32 keys_arrived(u32 shared, int stage) { return barrier(shared, 1 + QUERY_STAGES + stage); }
+__device__ __forceinline__ u32 keys_left(u32 shared, int stage) {
+    return barrier(shared, 1 + QUERY_STAGES + KEY_STAGES + stage);
+}
+__device__ __forceinline__ u32 written(u32 shared, int slot, int what) {
+    return barrier(shared, 1 + QUERY_STAGES + 2 * KEY_STAGES + 2 * slot + what);
+}
+__device__ __forceinline__ u32 taken(u32 shared, int slot, int what) { return written(shared, slot + SLOTS, what); }
+
+constexpr int GROUP_WARPS = GROUP_THREADS / 32;
+
+__device__ __forceinline__ void make_barriers(u32 shared) {
+    make_barrier(upstream_arrived(shared), 1);
+    // The key group's request, and the warps of the value group when they have made statistics.
+    for (int stage = 0; stage < QUERY_STAGES; stage++) make_barrier(queries_arrived(shared, stage), 1 + GROUP_WARPS);
+    for (int stage = 0; stage < KEY_STAGES; stage++) {
+        make_barrier(keys_arrived(shared, stage), 1);
+        make_barrier(keys_left(shared, stage), WALKING_GROUPS * GROUP_WARPS);
+    }
+    for (int slot = 0; slot < SLOTS; slot++)
+        for (int what = 0; what < 2; what++) {
+            make_barrier(written(shared, slot, what), GROUP_WARPS);
+            make_barrier(taken(shared, slot, what), GROUP_WARPS);
+        }
+}
+
+/// Copies 64 rows of a head, from `first` on, to rows of a tile.
+template <class LAYOUT>
+__device__ __forceinline__ void copy_rows_of(
+    u32 tile, int row, const RowMaps &maps, int b, int h, int first, u32 barrier) {
 #pragma unroll
     for (int panel = 0; panel < PANELS; panel++)
-        finish_queries<SHARE>(c.panel[panel], a, at, row, 8 * panel + group * SHARE);
-    if constexpr (REST > 0)
-        if (group == GROUPS - 1) finish_queries<REST_TILES>(c.rest[0], a, at, row, 8 * PANELS);
+        copy_box(tile + LAYOUT::PANEL_BYTES * panel + row * 128, &maps.panels, {panel * 64, h, first, b}, barrier);
+#pragma unroll
+    for (int chunk = 0; chunk < REST; chunk++)
+        copy_box(
+            tile + PANELS * LAYOUT::PANEL_BYTES + LAYOUT::CHUNK_BYTES * chunk + row * 16, &maps.chunks,
+            {PANELS * 64 + chunk * 8, h, first, b}, barrier);
 }
 
-/// Four 8 x 8 matrices of `ds^T` at once: keys along rows, 16 queries.
-__device__ __forceinline__ void store_ds(const u32 (&left)[4], const Place &at, u32 tile, int m, int first_chunk) {
-    const int row = own_row(at.warp, m) + at.lane / 8 % 2 * 8 + at.lane % 8;
-    const u32 address = tile + (first_chunk + at.lane / 16) * DS_CHUNK_BYTES + row * 16;
-    store_matrices(address, left);
+/// The way back, of a tile of 64 rows; returns when the tile may be written anew.
+__device__ __forceinline__ void store_rows_of(u32 tile, const RowMaps &maps, int b, int h, int first) {
+#pragma unroll
+    for (int panel = 0; panel < PANELS; panel++)
+        store_box(tile + KeyLayout::PANEL_BYTES * panel, &maps.panels, {panel * 64, h, first, b});
+#pragma unroll
+    for (int chunk = 0; chunk < REST; chunk++)
+        store_box(
+            tile + PANELS * KeyLayout::PANEL_BYTES + KeyLayout::CHUNK_BYTES * chunk, &maps.chunks,
+            {PANELS * 64 + chunk * 8, h, first, b});
+    wait_boxes_left();
 }
 
-/// `dv += p^T do` or `dk += ds^T q`, started.
-__device__ __forceinline__ void start_sums(
-    float (&c)[CHUNKS][4], const u32 (&left)[SUB_TILES / 2][1][4], u32 tile, int row) {
+/// Every warp of a group arrives once.
+__device__ __forceinline__ void arrive_as_warp(u32 barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(barrier);
+}
+
+/// A stage of a ring, and how often the ring was gone through.
+template <int STAGES> struct Ring {
+    int stage = 0, round = 0;
+
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) stage = 0, round++;
+    }
+};
+
+/// What a block of threads works on at a time: a block of queries of a part of a head's. Found anew where it is needed, for the
+/// sake of registers.
+struct Visit {
+    int work = blockIdx.x, block = 0;  // of all parts of heads; of the part
+
+    __device__ __forceinline__ bool valid(const Arguments &a) const { return work < a.parts * a.heads * a.batch; }
+    __device__ __forceinline__ int part(const Arguments &a) const { return work % a.parts; }
+    __device__ __forceinline__ int h(const Arguments &a) const { return work / a.parts % a.heads; }
+    __device__ __forceinline__ int b(const Arguments &a) const { return work / a.parts / a.heads; }
+
+    __device__ __forceinline__ static int share(const Arguments &a) {
+        return ((a.queries + QUERY_ROWS - 1) / QUERY_ROWS + a.parts - 1) / a.parts;
+    }
+    __device__ __forceinline__ int first_query(const Arguments &a) const {
+        return (part(a) * share(a) + block) * QUERY_ROWS;
+    }
+    __device__ __forceinline__ bool is_last(const Arguments &a) const {
+        return block + 1 == share(a) || first_query(a) + QUERY_ROWS >= a.queries;
+    }
+    __device__ __forceinline__ void next(const Arguments &a) {
+        if (is_last(a)) work += gridDim.x, block = 0;
+        else block++;
+    }
+};
+
+__device__ __forceinline__ int key_blocks(const Arguments &a) { return (a.keys + KEY_BLOCK - 1) / KEY_BLOCK; }
+
+// The walking groups.
+
+/// Bits for the keys of a thread's scores `[n][i]`, `2 n + i % 2`.
+__device__ __forceinline__ u32 visible_keys(const Arguments &a, int b, int first_key) {
+    if (a.mask == nullptr && first_key + KEY_BLOCK <= a.keys) return ~0u;
+    u32 visible = 0;
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+            visible |= u32(key_visible(a, b, first_key + n * 8 + threadIdx.x % 4 * 2 + j)) << (2 * n + j);
+    return visible;
+}
+
+/// Scores become `p`. Where the key is hidden it is zero: past the end of the keys the exponential may be infinite.
+__device__ __forceinline__ void make_probabilities(
+    Scores &s, const Arguments &a, int b, int h, int row, int first_key, const float (&log_sum)[2]) {
+    const float log2_scale = a.scale * LOG2_E;
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int key = first_key + n * 8 + threadIdx.x % 4 * 2 + i % 2;
+            if (HAS_BIAS) s[n][i] = s[n][i] * log2_scale + bias_at(a, b, h, row + i / 2 * 8, key);
+            s[n][i] = exp2_fast(s[n][i] * (HAS_BIAS ? 1.0f : log2_scale) - log_sum[i / 2]);
+        }
+    const u32 visible = visible_keys(a, b, first_key);
+    if (visible == ~0u) return;
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (!(visible >> (2 * n + i % 2) & 1)) s[n][i] = 0.0f;
+}
+
+__device__ __forceinline__ void store_bias_gradient(
+    const Scores &ds, const Arguments &a, int b, int h, int row, int first_key) {
+    float *head = a.bias_partial + head_index(a, b, h) * a.keys;
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int key = first_key + n * 8 + threadIdx.x % 4 * 2 + i % 2, query = row + i / 2 * 8;
+            if (key < a.keys && query < a.queries) head[i64(query) * a.keys + key] = ds[n][i];
+        }
+}
+
+/// The first of a warp's rows, and of a thread's, in their group's 64.
+__device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % 4 * 16; }
+__device__ __forceinline__ int own_row() { return warp_row() + threadIdx.x % 32 / 4; }
+
+/// Columns `16 k..+16` of a warp's 16 rows, as left factors.
+__device__ __forceinline__ void pack(u32 (&left)[1][4], const Scores &c, int k) {
+    pack_left(left, reinterpret_cast<const float (&)[1][KEY_TILES][4]>(c), k);
+}
+
+/// The same to a panel, for left factors whose columns lead.
+__device__ __forceinline__ void store_left(const u32 (&left)[1][4], u32 panel, int k) {
+    const int lane = threadIdx.x % 32, row = warp_row() + lane % 16;
+    store_matrices(panel + row * 128 + ((2 * k + lane / 16) ^ row % 8) * 16, left[0]);
+}
+
+struct Walk {
+    int group, b, h, first_query;
+};
+
+/// 64 queries by 64 keys: p and ds to their slot, and `dq += ds k`, still under way at the end.
+/// `before` is called when the products of earlier walks have ended.
+template <class Before>
+__device__ __forceinline__ void walk(
+    float (&dq)[CHUNKS][4], const Arguments &a, const Walk &at, u32 shared, int m, int query_stage, int key_stage,
+    int first_key, int round, Before before) {
+    const u32 queries = query_tile(shared, query_stage), upstream = upstream_tile(shared, query_stage);
+    const u32 keys = key_tile(shared, key_stage), values = value_tile(shared, key_stage), zeros = shared + ZEROS_OFFSET;
+    const int stage_row = at.group * 64 + own_row(), row = at.first_query + m * STAGE_ROWS + stage_row;
+    Scores s, dp;
     begin_products();
-    multiply_columns<QueryLayout>(c, left, tile, row);
+    multiply_rows<QueryLayout, KeyLayout>(s, queries, at.group * 64, keys, 0, zeros);
     commit_products();
-}
-
-/// What one tile of 64 keys does with `SUB_QUERIES` queries of a block. It ends with products running, under
-/// which the next walk begins; more of them at once than these would not fit beside the sums in registers.
-__device__ __forceinline__ void walk_queries(
-    KeyGradients &sums, const Arguments &a, const Place &at, int block, int sub, int m) {
-    const int key_row = at.warp / 4 * GROUP_KEYS + m * 64, query_row = sub * SUB_QUERIES;
-    const u32 queries = query_tile(at, block), upstream = upstream_tile(at, block),
-              zeros = at.shared + ZEROS_OFFSET;
-    const int first_query = block * QUERY_BLOCK + sub * SUB_QUERIES;
-    Scores<1> s, dp;
+    wait_products<1>();
+    hold(dq);
+    before();
     begin_products();
-    multiply_rows<KeyLayout, QueryLayout>(s[0], key_tile(at), key_row, queries, query_row, zeros);
+    multiply_rows<QueryLayout, KeyLayout>(dp, upstream, at.group * 64, values, 0, zeros);
     commit_products();
-    multiply_rows<KeyLayout, QueryLayout>(dp[0], value_tile(at), key_row, upstream, query_row, zeros);
-    commit_products();
-    Columns columns;
-    columns.load(at, statistics(at, block) + sub * SUB_QUERIES * 8);
+    float log_sum[2], delta[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];"
+                     : "=f"(log_sum[i]), "=f"(delta[i])
+                     : "r"(statistics(shared, query_stage) + (stage_row + i * 8) * 8)
+                     : "memory");
     wait_products<1>();
     hold(s);
-    make_probabilities<1>(s, columns, a, at, m, first_query, a.scale * LOG2_E);
-    u32 p_left[SUB_TILES / 2][1][4], ds_left[SUB_TILES / 2][1][4];
+    make_probabilities(s, a, at.b, at.h, row, first_key, log_sum);
+    wait_barrier(taken(shared, at.group, 0), round - 1);
 #pragma unroll
-    for (int k = 0; k < SUB_TILES / 2; k++) pack_left(p_left[k], s, k);
-    start_sums(sums.value[m], p_left, upstream, query_row);
-    wait_products<1>();
-    hold(dp);
-    make_gradients<1>(dp, s, columns, a, at, m, first_query);
-#pragma unroll
-    for (int k = 0; k < SUB_TILES / 2; k++) {
-        pack_left(ds_left[k], dp, k);
-        store_ds(ds_left[k][0], at, ds_tile(at, block), m, sub * SUB_TILES + 2 * k);
+    for (int k = 0; k < KEY_TILES / 2; k++) {
+        u32 left[1][4];
+        pack(left, s, k);
+        store_left(left, panel(shared, at.group, 0), k);
     }
-    start_sums(sums.key[m], ds_left, queries, query_row);
-}
-
-/// `dq` of a block of queries whose `ds^T` all warpgroups have stored.
-__device__ __forceinline__ void make_query_gradients(const Arguments &a, const Place &at, int block) {
-    QuerySums dq;
-    start_query_gradients(dq, at, block);
+    publish();
+    arrive_as_warp(written(shared, at.group, 0));
     wait_products<0>();
-    end_query_gradients(dq, a, at, block);
+    hold(dp);
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) dp[n][i] = s[n][i] * (dp[n][i] - delta[i / 2]);
+    if constexpr (HAS_BIAS)
+        if (a.bias_partial != nullptr) store_bias_gradient(dp, a, at.b, at.h, row, first_key);
+    wait_barrier(taken(shared, at.group, 1), round - 1);
+    u32 left[KEY_TILES / 2][1][4];
+#pragma unroll
+    for (int k = 0; k < KEY_TILES / 2; k++) {
+        pack(left[k], dp, k);
+        store_left(left[k], panel(shared, at.group, 1), k);
+    }
+    publish();
+    arrive_as_warp(written(shared, at.group, 1));
+    begin_products();
+    multiply_columns<KeyLayout>(dq, left, keys, 0);
+    commit_products();
 }
 
-__device__ __forceinline__ void visit_keys(const Arguments &a, Place &at) {
-    LogSums log_sums;
-    start_keys(a, at);
-    start_queries(a, at, 0, log_sums);
-    clear_zeros<64>(at.shared + ZEROS_OFFSET);
-    find_visible(a, at);
-    KeyGradients sums;
-    clear(sums.key);
-    clear(sums.value);
-    const int blocks = (a.queries + QUERY_BLOCK - 1) / QUERY_BLOCK;
+/// 64 rows of dq, to be stored while the group goes on.
+__device__ __forceinline__ void finish_queries(
+    const float (&dq)[CHUNKS][4], const Maps &maps, const Walk &at, u32 shared, int first, float scale) {
+    const u32 tile = shared + STAGED_OFFSET + at.group * KeyLayout::BYTES;
+    const float factor[2] = {scale, scale};
+    meet_group(at.group);  // the rows before have left
+    stage_rows<KeyLayout>(dq, factor, tile, warp_row());
+    publish();
+    meet_group(at.group);
+    if (threadIdx.x % GROUP_THREADS == 0) store_rows_of(tile, maps.query_gradient, at.b, at.h, first);
+    __syncwarp();
+}
+
+__device__ __forceinline__ void walk_all(const Arguments &a, const Maps &maps, u32 shared, int group) {
+    Ring<KEY_STAGES> keys;
+    Ring<QUERY_STAGES> queries;
+    int round = 0;
+    const int blocks = key_blocks(a);
+    for (Visit visit; visit.valid(a); visit.next(a)) {
+        const Walk at = {group, visit.b(a), visit.h(a), visit.first_query(a)};
+        float dq[M_TILES][CHUNKS][4];
+        clear(dq);
+        Ring<QUERY_STAGES> after = queries;
 #pragma unroll 1
-    for (int block = 0; block <= blocks; block++) {
-        const bool more = block < blocks;
-        if (more) {
-            wait_copies<0>();
-            write_statistics(at, block, log_sums);
+        for (int block = 0; block < blocks; block++) {
+            wait_barrier(keys_arrived(shared, keys.stage), keys.round);
+            after = queries;
+#pragma unroll
+            for (int m = 0; m < M_TILES; m++) {
+                if (block == 0) wait_barrier(queries_arrived(shared, after.stage), after.round);
+                walk(dq[m], a, at, shared, m, after.stage, keys.stage, block * KEY_BLOCK, round++, [&] {
+                    if (block > 0 && m == 0) arrive_as_warp(keys_left(shared, (keys.stage + 1) % KEY_STAGES));
+                });
+                after.next();
+            }
+            if (block + 1 < blocks) keys.next();
         }
+        queries = after;
         wait_products<0>();
-        hold(sums.key);
-        hold(sums.value);
-        publish();
-        __syncthreads();
-        if (block + 1 < blocks) start_queries(a, at, block + 1, log_sums);
-        if (block > 0) make_query_gradients(a, at, block - 1);
-        if (!more) break;
+#pragma unroll
+        for (int m = 0; m < M_TILES; m++) hold(dq[m]);
+        arrive_as_warp(keys_left(shared, keys.stage));
+        keys.next();
+        if (a.query_gradient.data == nullptr) continue;
 #pragma unroll
         for (int m = 0; m < M_TILES; m++)
-#pragma unroll 1
-            for (int sub = 0; sub < QUERY_BLOCK / SUB_QUERIES; sub++) walk_queries(sums, a, at, block, sub, m);
+            finish_queries(dq[m], maps, at, shared, at.first_query + m * STAGE_ROWS + group * 64, a.scale);
     }
-    store_key_gradients(sums, a, at);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    attention_backward_wgmma(const __grid_constant__ Arguments a) {
+// The groups of keys and values.
+
+/// `c (+)= left^T rows`: `left` a panel of 64 rows, `rows` 64 rows of a tile from `row` on.
+template <class LAYOUT>
+__device__ __forceinline__ void multiply_transposed(float (&c)[CHUNKS][4], u32 left, u32 tile, int row, bool add) {
+    const Operand a = panel_operand(left), panels = panel_operand(tile + row * 128);
+    const Operand rest = chunk_operand(tile + PANELS * LAYOUT::PANEL_BYTES + row * 16, 128, LAYOUT::CHUNK_BYTES);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+#pragma unroll
+        for (int panel = 0; panel < PANELS; panel++)
+            Product<8>::shared<1, 1>(
+                part<8>(c, 8 * panel), a.at(k * 2048), panels.at(panel * LAYOUT::PANEL_BYTES + k * 2048), add || k > 0);
+        if constexpr (REST > 0)
+            Product<REST_TILES>::template shared<1, 1>(
+                part<REST_TILES>(c, CHUNKS - REST_TILES), a.at(k * 2048), rest.at(k * 256), add || k > 0);
+    }
+}
+
+/// What is requested ahead of the work on it, by one thread of each group.
+struct Ahead {
+    bool keys;  // of the key group, which requests queries, keys and values; the other do with o
+    u32 shared;
+    Visit of_queries, of_keys;
+    int m = 0, block = 0;
+    Ring<QUERY_STAGES> query_ring;
+    Ring<KEY_STAGES> key_ring;
+    // The value group's: a stage whose statistics are not there yet, and this thread's log-sum.
+    int pending = -1, requests = 0;
+    float log_sum;
+
+    __device__ __forceinline__ Ahead(bool keys, u32 shared) : keys(keys), shared(shared) {}
+
+    __device__ __forceinline__ static int thread() { return threadIdx.x % GROUP_THREADS; }
+
+    /// The next 128 queries, if there are more. Their stage must be free.
+    __device__ __forceinline__ void request_queries(const Arguments &a, const Maps &maps) {
+        finish_queries();
+        if (!of_queries.valid(a)) return;
+        const int stage = query_ring.stage, b = of_queries.b(a), h = of_queries.h(a);
+        const int first = of_queries.first_query(a) + m * STAGE_ROWS;
+        if (thread() == 0) {
+            const u32 arrived = keys ? queries_arrived(shared, stage) : upstream_arrived(shared);
+            const u32 tile = keys ? query_tile(shared, stage) : upstream_tile(shared, stage);
+            const RowMaps &rows = keys ? maps.query : maps.output_gradient;
+            expect_bytes(arrived, keys ? QueryLayout::BYTES : 2 * QueryLayout::BYTES);
+            for (int row = 0; row < STAGE_ROWS; row += BOX_ROWS) {
+                copy_rows_of<QueryLayout>(tile, row, rows, b, h, first + row, arrived);
+                if (!keys) copy_rows_of<QueryLayout>(shared + OUTPUT_OFFSET, row, maps.output, b, h, first + row, arrived);
+            }
+        }
+        if (!keys) {
+            pending = stage;
+            log_sum = INFINITY_F32;  // past the end, it makes p zero
+            if (first + thread() < a.queries) log_sum = a.log_sums[head_index(a, b, h) + first + thread()];
+        }
+        query_ring.next();
+        if (++m < M_TILES) return;
+        m = 0;
+        of_queries.next(a);
+    }
+
+    /// Log-sums to the base 2 and `rowsum(do * o)` of the stage that was requested last, a row for each thread.
+    __device__ __forceinline__ void finish_queries() {
+        if (pending < 0) return;
+        wait_barrier(upstream_arrived(shared), requests++);
+        const u32 upstream = upstream_tile(shared, pending), output = shared + OUTPUT_OFFSET;
+        float delta = 0.0f;
+#pragma unroll 3
+        for (int chunk = 0; chunk < CHUNKS; chunk++)
+            delta += dot_of_chunk(upstream + QueryLayout::at(thread(), chunk), output + QueryLayout::at(thread(), chunk));
+        asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(statistics(shared, pending) + thread() * 8),
+                     "f"(log_sum * LOG2_E), "f"(delta)
+                     : "memory");
+        arrive_as_warp(queries_arrived(shared, pending));
+        pending = -1;
+        meet_group(VALUE_GROUP);  // o may be copied over
+    }
+
+    /// The next 64 keys and values, as soon as the walking groups leave their stage.
+    __device__ __forceinline__ void request_keys(const Arguments &a, const Maps &maps) {
+        if (!keys || !of_keys.valid(a)) return;
+        const int stage = key_ring.stage, b = of_keys.b(a), h = of_keys.h(a);
+        if (thread() == 0) {
+            const u32 arrived = keys_arrived(shared, stage);
+            wait_barrier(keys_left(shared, stage), key_ring.round - 1);
+            expect_bytes(arrived, KEY_STAGE_BYTES);
+            copy_rows_of<KeyLayout>(key_tile(shared, stage), 0, maps.key, b, h, block * KEY_BLOCK, arrived);
+            copy_rows_of<KeyLayout>(value_tile(shared, stage), 0, maps.value, b, h, block * KEY_BLOCK, arrived);
+        }
+        __syncwarp();
+        key_ring.next();
+        if (++block < key_blocks(a)) return;
+        block = 0;
+        of_keys.next(a);
+    }
+};
+
+/// dk or dv of 64 keys over 128 queries, added; the slots are still taken. do is read until ds is made: then its stage is free
+/// when the slots are.
+__device__ __forceinline__ void add_products(
+    float (&c)[CHUNKS][4], u32 shared, bool keys, int round, int stage, bool add) {
+    const u32 tile = keys ? query_tile(shared, stage) : upstream_tile(shared, stage);
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; slot++) {
+        wait_barrier(written(shared, slot, keys), round);
+        begin_products();
+        multiply_transposed<QueryLayout>(c, panel(shared, slot, keys), tile, slot * 64, add || slot > 0);
+        commit_products();
+    }
+    for (int slot = 0; slot < SLOTS && !keys; slot++) wait_barrier(written(shared, slot, 1), round);
+    wait_products<0>();
+    hold(c);
+}
+
+__device__ __forceinline__ void leave_slots(u32 shared, bool keys) {
+    for (int slot = 0; slot < SLOTS; slot++) arrive_as_warp(taken(shared, slot, keys));
+}
+
+/// dk or dv of 64 keys, by way of the slots, which this leaves.
+__device__ __forceinline__ void finish_keys(
+    const float (&c)[CHUNKS][4], const Arguments &a, const Maps &maps, const Visit &at, u32 shared, bool keys, int block) {
+    const Rows &gradient = keys ? a.key_gradient : a.value_gradient;
+    const float scale = keys ? a.scale : 1.0f;
+    const bool final = at.block == 0 && at.is_last(a) && a.parts == 1;
+    meet_group(VALUE_GROUP + keys);  // its products have read the slots, and what may be copied over
+    if (gradient.data != nullptr && final) {
+        const u32 tile = panel(shared, 0, keys);
+        const float factor[2] = {scale, scale};
+        stage_rows<KeyLayout>(c, factor, tile, warp_row());
+        publish();
+        meet_group(VALUE_GROUP + keys);
+        if (threadIdx.x % GROUP_THREADS == 0)
+            store_rows_of(
+                tile, keys ? maps.key_gradient : maps.value_gradient, at.b(a), at.h(a), block * KEY_BLOCK);
+    }
+    leave_slots(shared, keys);
+    if (gradient.data == nullptr || final) return;
+    const i64 head = ((i64(keys ? 0 : a.parts) + at.part(a)) * a.batch + at.b(a)) * a.heads + at.h(a);
+    const Target to = {
+        head_of(gradient, at.b(a), at.h(a)), u32(gradient.token), a.partial + head * a.keys * HEAD_DIM, a.keys, scale,
+        at.block == 0, at.is_last(a) && a.parts == 1};
+    finish_rows<CHUNKS>(c, to, block * KEY_BLOCK + warp_row(), 0);
+}
+
+// With a stage to spare, the queries for the last one that a visit frees may come later: not all copies at once.
+constexpr int LATE_STAGES = QUERY_STAGES > M_TILES ? 1 : 0;
+
+__device__ __forceinline__ void sum_all(const Arguments &a, const Maps &maps, u32 shared, bool keys) {
+    Ahead ahead(keys, shared);
+    Visit at;
+    Ring<QUERY_STAGES> queries;
+    const int blocks = key_blocks(a);
+    int round = 0, block = 0, key_requests = KEY_STAGES, query_requests = QUERY_STAGES;
+    bool first_visit = true;
+#pragma unroll 1
+    while (true) {
+#pragma unroll 1
+        for (int n = 0; n < key_requests; n++) ahead.request_keys(a, maps);
+#pragma unroll 1
+        for (int n = 0; n < query_requests; n++) ahead.request_queries(a, maps);
+        if (query_requests == 0 || block == 0) ahead.finish_queries();
+        if (!at.valid(a)) break;
+        float c[CHUNKS][4];
+        Ring<QUERY_STAGES> after = queries;
+#pragma unroll 1
+        for (int m = 0; m < M_TILES; m++) {
+            if (block == 0) wait_barrier(queries_arrived(shared, after.stage), after.round);
+            add_products(c, shared, keys, round++, after.stage, m > 0);
+            if (m + 1 < M_TILES) leave_slots(shared, keys);
+            after.next();
+        }
+        finish_keys(c, a, maps, at, shared, keys, block);
+        key_requests = 1;
+        query_requests = block == 0 && !first_visit ? LATE_STAGES : 0;
+        if (++block < blocks) continue;
+        query_requests += M_TILES - LATE_STAGES;
+        block = 0;
+        first_visit = false;
+        at.next(a);
+        queries = after;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    attention_backward_wgmma(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere an empty kernel that nobody starts
-    extern __shared__ __align__(1024) unsigned char shared[];
-    visit_share(a, shared_address(shared));
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const u32 shared = shared_address(memory);
+    const int group = warp_index() / 4;
+    clear_zeros<64>(shared + ZEROS_OFFSET);
+    if (threadIdx.x == 0) make_barriers(shared);
+    publish();
+    __syncthreads();
+    if (group < WALKING_GROUPS) {
+        take_registers<WALKING_REGISTERS>();
+        walk_all(a, maps, shared, group);
+    } else {
+        give_registers<OTHER_REGISTERS>();
+        sum_all(a, maps, shared, group == KEY_GROUP);
+    }
 #endif
 }

@@ -3,9 +3,9 @@
 // Text after the prelude of all kernels. The launcher (mod.rs) puts a kernel's texts together:
 //   common rows mma softmax forward_mma                attention_forward_mma
 //   common rows wgmma softmax forward_wgmma            attention_forward_wgmma
-//   common rows mma tiles_mma gradient backward_mma    attention_backward_mma
-//   common rows wgmma tiles_wgmma gradient backward_wgmma   attention_backward_wgmma
-//   common reduce                                      attention_reduce_queries, attention_reduce_bias
+//   common rows mma partial gradient backward_mma      attention_backward_mma
+//   common rows wgmma partial backward_wgmma           attention_backward_wgmma
+//   common reduce                                      attention_reduce_rows, attention_reduce_bias
 //   common generic                                     attention_*_generic
 // Macros that every one of them takes:
 //   HEAD_DIM         D; tensor cores want a multiple of 8 up to 128
@@ -43,12 +43,14 @@ struct Arguments {
     i64 mask_batch;
     /// `[B, H, N]`: natural logarithm of the sum of exponentials; +inf for a query that sees no key.
     float *log_sums;
-    /// `[parts, B, H, N, D]`: sums of `ds k` over each part's keys, without the scale.
-    float *query_partial;
+    /// f32 sums of each part, without the scale: of `ds k` over its keys `[parts, B, H, N, D]`, or (backward_wgmma) of
+    /// `ds^T q` and then `p^T do` over its queries `[2, parts, B, H, M, D]`.
+    float *partial;
     /// `[B, H, N, M]`: `ds`, or null.
     float *bias_partial;
     int batch, heads, queries, keys;
     float scale;
+    int parts;
 };
 
 __device__ __forceinline__ float exp2_fast(float value) {

@@ -1,12 +1,21 @@
-// Attention on CUDA, the backward pass around its products: statistics, `p` and `ds`, results.
+// Attention on CUDA, the backward pass of backward_mma.cu around its products: shapes, statistics, `p` and `ds`, results.
 //
-// Text before backward_mma.cu and backward_wgmma.cu and after a few lines of theirs
-// (tiles_mma.cuh, tiles_wgmma.cuh) that fix the shapes: THREADS, KEY_ROWS and QUERY_BLOCK of a block of
-// threads, M_TILES of 16 keys a warp, SUB_QUERIES walked at a time, KeyLayout, QueryLayout,
-// DS_BYTES, and own_row(warp, m), the first row of a warp's tile `m` among the block's keys.
+// Text before backward_mma.cu and after partial.cuh.
 //
 //   s^T = k q^T          p^T = 2^(s^T scale log2 e + bias - lse)
 //   dp^T = v do^T        ds^T = p^T * (dp^T - rowsum(do * o))
+
+constexpr int THREADS = 32 * WARPS;
+constexpr int WARP_KEYS = 16 * M_TILES;
+constexpr int KEY_ROWS = WARP_KEYS * WARPS;
+constexpr int KEY_BYTES = KEY_ROWS * ROW_BYTES;
+constexpr int QUERY_BYTES = QUERY_BLOCK * ROW_BYTES;
+constexpr int DS_ROW_BYTES = QUERY_BLOCK * 2 + 16;  // `ds^T`: a row for each key
+constexpr int DS_BYTES = KEY_ROWS * DS_ROW_BYTES;
+typedef TileLayout KeyLayout;
+typedef TileLayout QueryLayout;
+
+__device__ __forceinline__ int own_row(int warp, int m) { return warp * WARP_KEYS + m * 16; }
 
 constexpr int SUB_TILES = SUB_QUERIES / 8;
 constexpr int ROW_PASSES = QUERY_BLOCK / (THREADS / LANES_PER_ROW);  // rows of queries a thread copies
@@ -77,19 +86,6 @@ __device__ __forceinline__ void start_queries(const Arguments &a, const Place &a
         const int row = first + pass * (THREADS / LANES_PER_ROW) + threadIdx.x / LANES_PER_ROW;
         log_sums.of[pass] = row < a.queries ? a.log_sums[head_index(a, at.b, at.h) + row] : INFINITY_F32;
     }
-}
-
-__device__ __forceinline__ float dot_of_chunk(u32 left, u32 right) {
-    u32 x[4], y[4];
-    load_chunk(x, left);
-    load_chunk(y, right);
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        sum += half_of_word<element>(x[i], 0) * half_of_word<element>(y[i], 0);
-        sum += half_of_word<element>(x[i], 1) * half_of_word<element>(y[i], 1);
-    }
-    return sum;
 }
 
 /// Row sums of `do * o` and log-sums, as pairs. A thread reads only what it copied itself, so its
@@ -214,45 +210,15 @@ __device__ __forceinline__ void make_gradients(
         if (a.bias_partial != nullptr) store_bias_gradient<M>(dp, a, at, tile, first_query);
 }
 
-/// `*sums += (x, y)` without waiting for it.
-__device__ __forceinline__ void add_in_memory(float *sums, float x, float y) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v2.f32 [%0], {%1,%2};" ::"l"(sums), "f"(x), "f"(y) : "memory");
-#else
-    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(sums), "f"(x) : "memory");
-    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(sums + 1), "f"(y) : "memory");
-#endif
-}
-
-/// Rows of `dq` in a thread's hands, `first_row + 8 i`, eights of columns from `first_tile`:
-/// f32 sums in memory while blocks of keys remain, else final. An address belongs to one thread,
-/// whose stores and additions to it keep their order: this is no race, and the sum is always the same.
+/// Rows of `dq` in a thread's hands, `first_row + 8 i`, eights of columns from `first_tile`.
 template <int COUNT>
 __device__ __forceinline__ void finish_queries(
     const float (&c)[COUNT][4], const Arguments &a, const Place &at, int first_row, int first_tile) {
-    const bool final = at.last_visit && gridDim.x == 1;
-    float *partial = a.query_partial + blockIdx.x * (i64(a.batch) * a.heads * a.queries * HEAD_DIM);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int row = first_row + i * 8 + at.lane / 4, first_column = first_tile * 8 + at.lane % 4 * 2;
-        if (row >= a.queries) continue;
-        float *sums = partial + (head_index(a, at.b, at.h) + row) * HEAD_DIM + first_column;
-        element *to = head_of(a.query_gradient, at.b, at.h) + (row * u32(a.query_gradient.token) + first_column);
-#pragma unroll
-        for (int n = 0; n < COUNT; n++) {
-            const float x = c[n][2 * i], y = c[n][2 * i + 1];
-            float2 *sum = reinterpret_cast<float2 *>(sums + n * 8);
-            if (final) {
-                const float2 before = at.first_visit ? make_float2(0.0f, 0.0f) : __ldcg(sum);
-                *reinterpret_cast<u32 *>(to + n * 8) =
-                    word_of_pair<element>((before.x + x) * a.scale, (before.y + y) * a.scale);
-            } else if (at.first_visit) {
-                *sum = make_float2(x, y);
-            } else {
-                add_in_memory(sums + n * 8, x, y);
-            }
-        }
-    }
+    const i64 head = (i64(blockIdx.x) * a.batch + at.b) * a.heads + at.h;
+    const Target to = {
+        head_of(a.query_gradient, at.b, at.h), u32(a.query_gradient.token), a.partial + head * a.queries * HEAD_DIM,
+        a.queries, a.scale, at.first_visit, at.last_visit && gridDim.x == 1};
+    finish_rows<COUNT>(c, to, first_row, first_tile);
 }
 
 __device__ __forceinline__ void find_visible(const Arguments &a, Place &at) {

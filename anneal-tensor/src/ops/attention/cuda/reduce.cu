@@ -1,23 +1,24 @@
 // Attention backward: sums of partial gradients, each by one thread in the order of the parts.
 //
-// attention_reduce_queries(Arguments, parts): query_gradient = scale * sum of query_partial
-// `[parts, B, H, N, D]` over its parts. Grid (ceil(N * D / 256), H, B), 256 threads.
+// attention_reduce_rows(gradient, partial, rows, parts, factor): gradient `[B, rows, H, D]` = factor * sum of partial
+// `[parts, B, H, rows, D]` over its parts. Grid (ceil(rows * D / 256), H, B), 256 threads.
 //
 // attention_reduce_bias(Arguments, gradient, b_size, h_size): gradient `[b_size, h_size, N, M]`,
 // contiguous, in the bias's dtype, = bias_partial `[B, H, N, M]` summed over the images if b_size
 // is 1 and over the heads if h_size is 1. Grid (ceil(N * M / 256), h_size, b_size), 256 threads.
 // Grids may be smaller in the first dimension: threads stride.
 
-extern "C" __global__ void attention_reduce_queries(const __grid_constant__ Arguments a, int parts) {
+extern "C" __global__ void attention_reduce_rows(
+    const Rows gradient, const float *partial, int rows, int parts, float factor) {
     const int b = blockIdx.z, h = blockIdx.y;
-    const i64 count = i64(a.queries) * HEAD_DIM;
-    const i64 part_size = count * a.heads * a.batch;
-    const float *head = a.query_partial + head_index(a, b, h) * HEAD_DIM;
-    element *to = head_of(a.query_gradient, b, h);
+    const i64 count = i64(rows) * HEAD_DIM;
+    const i64 part_size = count * gridDim.y * gridDim.z;
+    const float *head = partial + (i64(b) * gridDim.y + h) * count;
+    element *to = head_of(gradient, b, h);
     for (i64 i = i64(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += i64(gridDim.x) * blockDim.x) {
         float sum = 0.0f;
         for (int part = 0; part < parts; part++) sum += head[part * part_size + i];
-        to[i / HEAD_DIM * a.query_gradient.token + i % HEAD_DIM] = from_float<element>(sum * a.scale);
+        to[i / HEAD_DIM * gradient.token + i % HEAD_DIM] = from_float<element>(sum * factor);
     }
 }
 

@@ -17,12 +17,13 @@ __device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, threadIdx.
 
 /// Starts copying chunks `FIRST..FIRST + COUNT` of rows; `LANES` neighbours share a row.
 template <class LAYOUT, int ROWS, int THREADS, int LANES, int FIRST, int COUNT>
-__device__ __forceinline__ void copy_chunks(u32 tile, const element *head, u32 stride, int first, int limit) {
+__device__ __forceinline__ void copy_chunks(
+    u32 tile, const element *head, u32 stride, int first, int limit, int thread) {
     constexpr int STEP = THREADS / LANES;
-    const int lane = threadIdx.x % LANES;
+    const int lane = thread % LANES;
 #pragma unroll
     for (int start = 0; start < ROWS; start += STEP) {
-        const int row = start + threadIdx.x / LANES;
+        const int row = start + thread / LANES;
         const bool valid = first + row < limit;
         const u32 offset = valid ? (first + row) * stride : 0;
         if (ROWS % STEP == 0 || row < ROWS) {
@@ -37,18 +38,36 @@ __device__ __forceinline__ void copy_chunks(u32 tile, const element *head, u32 s
 }
 
 /// Starts copying rows `first..first + ROWS` of a head; rows from `limit` on become zeros. Eight
-/// lanes take 128 bytes of a row, which touches the fewest sectors of memory; then come the rest.
+/// lanes take 128 bytes of a row, which touches the fewest sectors of memory; then come the rest. `thread` counts those that
+/// copy.
 template <class LAYOUT, int ROWS, int THREADS>
-__device__ __forceinline__ void copy_rows(u32 tile, const element *head, u32 stride, int first, int limit) {
-    if constexpr (WHOLE > 0) copy_chunks<LAYOUT, ROWS, THREADS, 8, 0, WHOLE>(tile, head, stride, first, limit);
+__device__ __forceinline__ void copy_rows(
+    u32 tile, const element *head, u32 stride, int first, int limit, int thread = threadIdx.x) {
+    if constexpr (WHOLE > 0)
+        copy_chunks<LAYOUT, ROWS, THREADS, 8, 0, WHOLE>(tile, head, stride, first, limit, thread);
     if constexpr (REMAINDER > 0)
-        copy_chunks<LAYOUT, ROWS, THREADS, REMAINDER_LANES, WHOLE, REMAINDER>(tile, head, stride, first, limit);
+        copy_chunks<LAYOUT, ROWS, THREADS, REMAINDER_LANES, WHOLE, REMAINDER>(
+            tile, head, stride, first, limit, thread);
 }
 
 /// The same by four lanes a row: thread `t` copies, and may read before others see it, row `t / 4`.
 template <class LAYOUT, int ROWS, int THREADS>
 __device__ __forceinline__ void copy_own_rows(u32 tile, const element *head, u32 stride, int first, int limit) {
-    copy_chunks<LAYOUT, ROWS, THREADS, LANES_PER_ROW, 0, CHUNKS>(tile, head, stride, first, limit);
+    copy_chunks<LAYOUT, ROWS, THREADS, LANES_PER_ROW, 0, CHUNKS>(tile, head, stride, first, limit, threadIdx.x);
+}
+
+/// Of eight elements of each in shared memory.
+__device__ __forceinline__ float dot_of_chunk(u32 left, u32 right) {
+    u32 x[4], y[4];
+    load_chunk(x, left);
+    load_chunk(y, right);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        sum += half_of_word<element>(x[i], 0) * half_of_word<element>(y[i], 0);
+        sum += half_of_word<element>(x[i], 1) * half_of_word<element>(y[i], 1);
+    }
+    return sum;
 }
 
 template <int M, int N> __device__ __forceinline__ void clear(float (&c)[M][N][4]) {
