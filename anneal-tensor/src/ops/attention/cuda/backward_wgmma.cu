@@ -366,8 +366,7 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[CHUNKS][4], u32 l
 }
 
 /// What is requested ahead of the work on it, by one thread of each group.
-struct Ahead {
-    bool keys;  // of the key group, which requests queries, keys and values; the other do with o
+template <bool keys> struct Ahead {  // of the key group: queries, keys and values; of the other: do with o
     u32 shared;
     Visit of_queries, of_keys;
     int m = 0, block = 0;
@@ -377,7 +376,7 @@ struct Ahead {
     int pending = -1, requests = 0;
     float log_sum;
 
-    __device__ __forceinline__ Ahead(bool keys, u32 shared) : keys(keys), shared(shared) {}
+    __device__ __forceinline__ explicit Ahead(u32 shared) : shared(shared) {}
 
     __device__ __forceinline__ static int thread() { return threadIdx.x % GROUP_THREADS; }
 
@@ -446,8 +445,9 @@ struct Ahead {
 
 /// dk or dv of 64 keys over 128 queries, added; the slots are still taken. do is read until ds is made: then its stage is free
 /// when the slots are.
+template <bool keys>
 __device__ __forceinline__ void add_products(
-    float (&c)[CHUNKS][4], u32 shared, bool keys, int round, int stage, bool add) {
+    float (&c)[CHUNKS][4], u32 shared, int round, int stage, bool add) {
     const u32 tile = keys ? query_tile(shared, stage) : upstream_tile(shared, stage);
 #pragma unroll
     for (int slot = 0; slot < SLOTS; slot++) {
@@ -466,8 +466,9 @@ __device__ __forceinline__ void leave_slots(u32 shared, bool keys) {
 }
 
 /// dk or dv of 64 keys, by way of the slots, which this leaves.
+template <bool keys>
 __device__ __forceinline__ void finish_keys(
-    const float (&c)[CHUNKS][4], const Arguments &a, const Maps &maps, const Visit &at, u32 shared, bool keys, int block) {
+    const float (&c)[CHUNKS][4], const Arguments &a, const Maps &maps, const Visit &at, u32 shared, int block) {
     const Rows &gradient = keys ? a.key_gradient : a.value_gradient;
     const float scale = keys ? a.scale : 1.0f;
     const bool final = at.block == 0 && at.is_last(a) && a.parts == 1;
@@ -494,8 +495,8 @@ __device__ __forceinline__ void finish_keys(
 // With a stage to spare, the queries for the last one that a visit frees may come later: not all copies at once.
 constexpr int LATE_STAGES = QUERY_STAGES > M_TILES ? 1 : 0;
 
-__device__ __forceinline__ void sum_all(const Arguments &a, const Maps &maps, u32 shared, bool keys) {
-    Ahead ahead(keys, shared);
+template <bool keys> __device__ __forceinline__ void sum_all(const Arguments &a, const Maps &maps, u32 shared) {
+    Ahead<keys> ahead(shared);
     Visit at;
     Ring<QUERY_STAGES> queries;
     const int blocks = key_blocks(a);
@@ -514,11 +515,11 @@ __device__ __forceinline__ void sum_all(const Arguments &a, const Maps &maps, u3
 #pragma unroll 1
         for (int m = 0; m < M_TILES; m++) {
             if (block == 0) wait_barrier(queries_arrived(shared, after.stage), after.round);
-            add_products(c, shared, keys, round++, after.stage, m > 0);
+            add_products<keys>(c, shared, round++, after.stage, m > 0);
             if (m + 1 < M_TILES) leave_slots(shared, keys);
             after.next();
         }
-        finish_keys(c, a, maps, at, shared, keys, block);
+        finish_keys<keys>(c, a, maps, at, shared, block);
         key_requests = 1;
         query_requests = block == 0 && !first_visit ? LATE_STAGES : 0;
         if (++block < blocks) continue;
@@ -545,7 +546,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         walk_all(a, maps, shared, group);
     } else {
         give_registers<OTHER_REGISTERS>();
-        sum_all(a, maps, shared, group == KEY_GROUP);
+        if (group == KEY_GROUP) sum_all<true>(a, maps, shared);
+        else sum_all<false>(a, maps, shared);
     }
 #endif
 }
