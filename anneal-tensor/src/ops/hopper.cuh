@@ -231,10 +231,10 @@ __device__ __forceinline__ void store_box(u32 from, const void *map, const int (
                  : "memory");
 }
 
+__device__ __forceinline__ void commit_boxes() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
 /// Waits until the boxes that this thread stores have left shared memory.
-__device__ __forceinline__ void wait_boxes_left() {
-    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
-}
+__device__ __forceinline__ void wait_boxes_left() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 __device__ __forceinline__ u32 load_word(u32 address) {
     u32 word;

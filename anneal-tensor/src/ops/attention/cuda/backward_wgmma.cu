@@ -17,7 +17,7 @@
 // (with several visits by way of `partial`, `[keys and values, parts, B, H, M, D]`) and, where not null, bias_partial.
 //   grid   as many blocks as run at once, at most parts heads batch
 //   block  512 threads
-//   shared 512 D QUERY_STAGES + 1024 D + 32768 + 1024 QUERY_STAGES + 1024 + 256 bytes
+//   shared 512 D QUERY_STAGES + 1152 D + 32768 + 1024 QUERY_STAGES + 1024 + 256 bytes
 // Macros beside those of common.cuh: M_TILES (1 or 2), QUERY_STAGES (of 128 queries, at least M_TILES).
 
 /// Maps of the driver over `(D, H, N or M, B)` of rows. Boxes are 64 rows of a head by 64 columns swizzled by 128 bytes, and by
@@ -43,18 +43,17 @@ typedef PanelLayout<STAGE_ROWS> QueryLayout;
 typedef PanelLayout<KEY_BLOCK> KeyLayout;
 typedef float Scores[KEY_TILES][4];
 
-// Shared memory: stages of queries with do, stages of keys with values, o of a stage, slots of p and of ds, dq on its way out,
-// statistics, zeros, barriers.
+// Shared memory: stages of queries with do, stages of keys with values, o of a stage or dv on its way out, slots of p and of ds,
+// dq and dk on their way out, statistics, zeros, barriers.
 constexpr int QUERY_STAGE_BYTES = 2 * QueryLayout::BYTES, KEY_STAGE_BYTES = 2 * KeyLayout::BYTES;
 constexpr int PANEL_BYTES = 64 * 128;
 constexpr int KEYS_OFFSET = QUERY_STAGES * QUERY_STAGE_BYTES;
 constexpr int OUTPUT_OFFSET = KEYS_OFFSET + KEY_STAGES * KEY_STAGE_BYTES;
 constexpr int SLOTS_OFFSET = OUTPUT_OFFSET + QueryLayout::BYTES;
 constexpr int STAGED_OFFSET = SLOTS_OFFSET + 2 * SLOTS * PANEL_BYTES;
-constexpr int STATISTICS_OFFSET = STAGED_OFFSET + WALKING_GROUPS * KeyLayout::BYTES;
+constexpr int STATISTICS_OFFSET = STAGED_OFFSET + (WALKING_GROUPS + 1) * KeyLayout::BYTES;
 constexpr int ZEROS_OFFSET = STATISTICS_OFFSET + QUERY_STAGES * STAGE_ROWS * 8;
 constexpr int BARRIERS_OFFSET = ZEROS_OFFSET + 64 * 16;
-static_assert(KeyLayout::BYTES <= SLOTS * PANEL_BYTES, "dk and dv go out by way of slots");
 
 __device__ __forceinline__ u32 query_tile(u32 shared, int stage) { return shared + stage * QUERY_STAGE_BYTES; }
 __device__ __forceinline__ u32 upstream_tile(u32 shared, int stage) {
@@ -62,6 +61,11 @@ __device__ __forceinline__ u32 upstream_tile(u32 shared, int stage) {
 }
 __device__ __forceinline__ u32 key_tile(u32 shared, int stage) { return shared + KEYS_OFFSET + stage * KEY_STAGE_BYTES; }
 __device__ __forceinline__ u32 value_tile(u32 shared, int stage) { return key_tile(shared, stage) + KeyLayout::BYTES; }
+/// Of a group's rows on their way out.
+__device__ __forceinline__ u32 staged_tile(u32 shared, int group) {
+    if (group == VALUE_GROUP) return shared + OUTPUT_OFFSET;
+    return shared + STAGED_OFFSET + min(group, WALKING_GROUPS) * KeyLayout::BYTES;
+}
 /// `what` is 0 for p, 1 for ds.
 __device__ __forceinline__ u32 panel(u32 shared, int slot, int what) {
     return shared + SLOTS_OFFSET + (what * SLOTS + slot) * PANEL_BYTES;
@@ -115,7 +119,7 @@ __device__ __forceinline__ void copy_rows_of(
             {PANELS * 64 + chunk * 8, h, first, b}, barrier);
 }
 
-/// The way back, of a tile of 64 rows; returns when the tile may be written anew.
+/// The way back, of a tile of 64 rows, started by one thread.
 __device__ __forceinline__ void store_rows_of(u32 tile, const RowMaps &maps, int b, int h, int first) {
 #pragma unroll
     for (int panel = 0; panel < PANELS; panel++)
@@ -125,7 +129,7 @@ __device__ __forceinline__ void store_rows_of(u32 tile, const RowMaps &maps, int
         store_box(
             tile + PANELS * KeyLayout::PANEL_BYTES + KeyLayout::CHUNK_BYTES * chunk, &maps.chunks,
             {PANELS * 64 + chunk * 8, h, first, b});
-    wait_boxes_left();
+    commit_boxes();
 }
 
 /// Every warp of a group arrives once.
@@ -142,6 +146,25 @@ template <int STAGES> struct Ring {
         if (++stage == STAGES) stage = 0, round++;
     }
 };
+
+/// The first of a warp's rows, and of a thread's, in their group's 64.
+__device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % 4 * 16; }
+__device__ __forceinline__ int own_row() { return warp_row() + threadIdx.x % 32 / 4; }
+
+/// 64 rows of a group's results times `scale`, stored while the group goes on.
+__device__ __forceinline__ void store_results(
+    const float (&c)[CHUNKS][4], float scale, u32 shared, int group, const RowMaps &maps, int b, int h, int first) {
+    const u32 tile = staged_tile(shared, group);
+    const float factor[2] = {scale, scale};
+    const bool leads = threadIdx.x % GROUP_THREADS == 0;
+    if (leads) wait_boxes_left();
+    meet_group(group);
+    stage_rows<KeyLayout>(c, factor, tile, warp_row());
+    publish();
+    meet_group(group);
+    if (leads) store_rows_of(tile, maps, b, h, first);
+    __syncwarp();
+}
 
 /// What a block of threads works on at a time: a block of queries of a part of a head's. Found anew where it is needed, for the
 /// sake of registers.
@@ -216,10 +239,6 @@ __device__ __forceinline__ void store_bias_gradient(
             if (key < a.keys && query < a.queries) head[i64(query) * a.keys + key] = ds[n][i];
         }
 }
-
-/// The first of a warp's rows, and of a thread's, in their group's 64.
-__device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % 4 * 16; }
-__device__ __forceinline__ int own_row() { return warp_row() + threadIdx.x % 32 / 4; }
 
 /// Columns `16 k..+16` of a warp's 16 rows, as left factors.
 __device__ __forceinline__ void pack(u32 (&left)[1][4], const Scores &c, int k) {
@@ -296,19 +315,6 @@ __device__ __forceinline__ void walk(
     commit_products();
 }
 
-/// 64 rows of dq, to be stored while the group goes on.
-__device__ __forceinline__ void finish_queries(
-    const float (&dq)[CHUNKS][4], const Maps &maps, const Walk &at, u32 shared, int first, float scale) {
-    const u32 tile = shared + STAGED_OFFSET + at.group * KeyLayout::BYTES;
-    const float factor[2] = {scale, scale};
-    meet_group(at.group);  // the rows before have left
-    stage_rows<KeyLayout>(dq, factor, tile, warp_row());
-    publish();
-    meet_group(at.group);
-    if (threadIdx.x % GROUP_THREADS == 0) store_rows_of(tile, maps.query_gradient, at.b, at.h, first);
-    __syncwarp();
-}
-
 __device__ __forceinline__ void walk_all(const Arguments &a, const Maps &maps, u32 shared, int group) {
     Ring<KEY_STAGES> keys;
     Ring<QUERY_STAGES> queries;
@@ -319,6 +325,14 @@ __device__ __forceinline__ void walk_all(const Arguments &a, const Maps &maps, u
         float dq[M_TILES][CHUNKS][4];
         clear(dq);
         Ring<QUERY_STAGES> after = queries;
+        const auto finish = [&](int m) {
+            wait_products<0>();
+            hold(dq[m]);
+            if (a.query_gradient.data != nullptr)
+                store_results(
+                    dq[m], a.scale, shared, group, maps.query_gradient, at.b, at.h,
+                    at.first_query + m * STAGE_ROWS + group * 64);
+        };
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {
             wait_barrier(keys_arrived(shared, keys.stage), keys.round);
@@ -326,6 +340,7 @@ __device__ __forceinline__ void walk_all(const Arguments &a, const Maps &maps, u
 #pragma unroll
             for (int m = 0; m < M_TILES; m++) {
                 if (block == 0) wait_barrier(queries_arrived(shared, after.stage), after.round);
+                if (m > 0 && block + 1 == blocks) finish(m - 1);
                 walk(dq[m], a, at, shared, m, after.stage, keys.stage, block * KEY_BLOCK, round++, [&] {
                     if (block > 0 && m == 0) arrive_as_warp(keys_left(shared, (keys.stage + 1) % KEY_STAGES));
                 });
@@ -334,15 +349,9 @@ __device__ __forceinline__ void walk_all(const Arguments &a, const Maps &maps, u
             if (block + 1 < blocks) keys.next();
         }
         queries = after;
-        wait_products<0>();
-#pragma unroll
-        for (int m = 0; m < M_TILES; m++) hold(dq[m]);
+        finish(M_TILES - 1);
         arrive_as_warp(keys_left(shared, keys.stage));
         keys.next();
-        if (a.query_gradient.data == nullptr) continue;
-#pragma unroll
-        for (int m = 0; m < M_TILES; m++)
-            finish_queries(dq[m], maps, at, shared, at.first_query + m * STAGE_ROWS + group * 64, a.scale);
     }
 }
 
@@ -390,6 +399,7 @@ template <bool keys> struct Ahead {  // of the key group: queries, keys and valu
             const u32 arrived = keys ? queries_arrived(shared, stage) : upstream_arrived(shared);
             const u32 tile = keys ? query_tile(shared, stage) : upstream_tile(shared, stage);
             const RowMaps &rows = keys ? maps.query : maps.output_gradient;
+            if (!keys) wait_boxes_left();  // dv, from where o goes
             expect_bytes(arrived, keys ? QueryLayout::BYTES : 2 * QueryLayout::BYTES);
             for (int row = 0; row < STAGE_ROWS; row += BOX_ROWS) {
                 copy_rows_of<QueryLayout>(tile, row, rows, b, h, first + row, arrived);
@@ -465,26 +475,19 @@ __device__ __forceinline__ void leave_slots(u32 shared, bool keys) {
     for (int slot = 0; slot < SLOTS; slot++) arrive_as_warp(taken(shared, slot, keys));
 }
 
-/// dk or dv of 64 keys, by way of the slots, which this leaves.
+/// dk or dv of 64 keys, to memory.
 template <bool keys>
 __device__ __forceinline__ void finish_keys(
     const float (&c)[CHUNKS][4], const Arguments &a, const Maps &maps, const Visit &at, u32 shared, int block) {
     const Rows &gradient = keys ? a.key_gradient : a.value_gradient;
     const float scale = keys ? a.scale : 1.0f;
-    const bool final = at.block == 0 && at.is_last(a) && a.parts == 1;
-    meet_group(VALUE_GROUP + keys);  // its products have read the slots, and what may be copied over
-    if (gradient.data != nullptr && final) {
-        const u32 tile = panel(shared, 0, keys);
-        const float factor[2] = {scale, scale};
-        stage_rows<KeyLayout>(c, factor, tile, warp_row());
-        publish();
-        meet_group(VALUE_GROUP + keys);
-        if (threadIdx.x % GROUP_THREADS == 0)
-            store_rows_of(
-                tile, keys ? maps.key_gradient : maps.value_gradient, at.b(a), at.h(a), block * KEY_BLOCK);
+    if (gradient.data == nullptr) return;
+    if (at.block == 0 && at.is_last(a) && a.parts == 1) {
+        const RowMaps &rows = keys ? maps.key_gradient : maps.value_gradient;
+        store_results(
+            c, scale, shared, keys ? KEY_GROUP : VALUE_GROUP, rows, at.b(a), at.h(a), block * KEY_BLOCK);
+        return;
     }
-    leave_slots(shared, keys);
-    if (gradient.data == nullptr || final) return;
     const i64 head = ((i64(keys ? 0 : a.parts) + at.part(a)) * a.batch + at.b(a)) * a.heads + at.h(a);
     const Target to = {
         head_of(gradient, at.b(a), at.h(a)), u32(gradient.token), a.partial + head * a.keys * HEAD_DIM, a.keys, scale,
@@ -500,29 +503,30 @@ template <bool keys> __device__ __forceinline__ void sum_all(const Arguments &a,
     Visit at;
     Ring<QUERY_STAGES> queries;
     const int blocks = key_blocks(a);
-    int round = 0, block = 0, key_requests = KEY_STAGES, query_requests = QUERY_STAGES;
+    for (int n = 0; n < KEY_STAGES; n++) ahead.request_keys(a, maps);
+    int round = 0, block = 0, query_requests = QUERY_STAGES;
     bool first_visit = true;
 #pragma unroll 1
     while (true) {
 #pragma unroll 1
-        for (int n = 0; n < key_requests; n++) ahead.request_keys(a, maps);
-#pragma unroll 1
         for (int n = 0; n < query_requests; n++) ahead.request_queries(a, maps);
-        if (query_requests == 0 || block == 0) ahead.finish_queries();
         if (!at.valid(a)) break;
         float c[CHUNKS][4];
         Ring<QUERY_STAGES> after = queries;
 #pragma unroll 1
         for (int m = 0; m < M_TILES; m++) {
+            if (ahead.pending == after.stage) ahead.finish_queries();
             if (block == 0) wait_barrier(queries_arrived(shared, after.stage), after.round);
             add_products<keys>(c, shared, round++, after.stage, m > 0);
-            if (m + 1 < M_TILES) leave_slots(shared, keys);
+            leave_slots(shared, keys);
+            if (m == 0 && (block > 0 || !first_visit)) ahead.request_keys(a, maps);
             after.next();
         }
+        ahead.finish_queries();  // dv goes where o is
         finish_keys<keys>(c, a, maps, at, shared, block);
-        key_requests = 1;
         query_requests = block == 0 && !first_visit ? LATE_STAGES : 0;
         if (++block < blocks) continue;
+        meet_group(keys ? KEY_GROUP : VALUE_GROUP);  // all its products have read what may be copied over now
         query_requests += M_TILES - LATE_STAGES;
         block = 0;
         first_visit = false;
