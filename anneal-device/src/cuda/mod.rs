@@ -41,7 +41,7 @@ pub use libraries::{Found, Libraries, Library};
 pub use links::{Link, free_memory, links};
 pub use profile::{Mark, ProfileRow};
 pub use repeated::RepeatedWork;
-pub use tensor_map::TensorMap;
+pub use tensor_map::{Boxes, TensorMap};
 pub use transfer::PendingRead;
 pub use versions::{library_file, library_version};
 

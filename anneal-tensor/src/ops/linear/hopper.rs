@@ -3,7 +3,7 @@
 //! The library's epilogue holds its matrix units up; ours runs beside the next tile. Forward it saves nothing but the
 //! library's delay; backward it saves writing the gradient before the derivative, and reading it back.
 
-use anneal_device::cuda::{Arguments, Launch, Source, Variant};
+use anneal_device::cuda::{Arguments, Boxes, Launch, Source, Variant};
 use anneal_device::{CudaDevice, Purpose};
 
 use super::super::gradient_target::GradientTarget;
@@ -24,6 +24,7 @@ const SOURCE: Source = Source {
 const TILE_ROWS: usize = 128;
 const TILE_COLUMNS: usize = 256;
 const TILE_DEPTH: usize = 64;
+const PANEL_COLUMNS: usize = 64;
 const THREADS: usize = 384;
 
 fn kernel_macros(dtype: DType, activation: Activation, backward: bool) -> Vec<(&'static str, String)> {
@@ -130,9 +131,13 @@ fn launch(
     let b_columns = b.memory.elements() / b_rows;
     let columns = if backward { b_columns } else { b_rows };
     let element = element_of(a.dtype())?;
+    let map = |matrix: &Tensor, sizes: [usize; 2], box_rows| {
+        let (strides, sides) = ([sizes[1], 1], [box_rows, PANEL_COLUMNS]);
+        cuda.tensor_map(&Boxes { address: matrix.address(), element, sizes, strides, sides })
+    };
     let mut arguments = Arguments::new()
-        .with(cuda.tensor_map(a.address(), element, [rows, depth], TILE_ROWS)?)
-        .with(cuda.tensor_map(b.memory.address(), element, [b_rows, b_columns], b.box_rows)?)
+        .with(map(a, [rows, depth], TILE_ROWS)?)
+        .with(map(b.memory, [b_rows, b_columns], b.box_rows)?)
         .with(bias);
     written.iter().for_each(|address| arguments.push(*address));
     let arguments = arguments.with(rows as i32).with(columns as i32).with(depth as i32);

@@ -42,7 +42,7 @@ impl MatrixView {
 }
 
 /// The element type of a float dtype, as products name it.
-pub(super) fn element_of(dtype: DType) -> Result<ElementType> {
+pub(in crate::ops) fn element_of(dtype: DType) -> Result<ElementType> {
     Ok(match dtype {
         DType::F32 => ElementType::F32,
         DType::BF16 => ElementType::Bf16,

@@ -325,14 +325,6 @@ __device__ __forceinline__ void walk_all(const Arguments &a, const Maps &maps, u
         float dq[M_TILES][CHUNKS][4];
         clear(dq);
         Ring<QUERY_STAGES> after = queries;
-        const auto finish = [&](int m) {
-            wait_products<0>();
-            hold(dq[m]);
-            if (a.query_gradient.data != nullptr)
-                store_results(
-                    dq[m], a.scale, shared, group, maps.query_gradient, at.b, at.h,
-                    at.first_query + m * STAGE_ROWS + group * 64);
-        };
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {
             wait_barrier(keys_arrived(shared, keys.stage), keys.round);
@@ -340,7 +332,6 @@ __device__ __forceinline__ void walk_all(const Arguments &a, const Maps &maps, u
 #pragma unroll
             for (int m = 0; m < M_TILES; m++) {
                 if (block == 0) wait_barrier(queries_arrived(shared, after.stage), after.round);
-                if (m > 0 && block + 1 == blocks) finish(m - 1);
                 walk(dq[m], a, at, shared, m, after.stage, keys.stage, block * KEY_BLOCK, round++, [&] {
                     if (block > 0 && m == 0) arrive_as_warp(keys_left(shared, (keys.stage + 1) % KEY_STAGES));
                 });
@@ -349,7 +340,15 @@ __device__ __forceinline__ void walk_all(const Arguments &a, const Maps &maps, u
             if (block + 1 < blocks) keys.next();
         }
         queries = after;
-        finish(M_TILES - 1);
+        wait_products<0>();
+#pragma unroll
+        for (int m = 0; m < M_TILES; m++) {
+            hold(dq[m]);
+            if (a.query_gradient.data != nullptr)
+                store_results(
+                    dq[m], a.scale, shared, group, maps.query_gradient, at.b, at.h,
+                    at.first_query + m * STAGE_ROWS + group * 64);
+        }
         arrive_as_warp(keys_left(shared, keys.stage));
         keys.next();
     }
@@ -453,8 +452,7 @@ template <bool keys> struct Ahead {  // of the key group: queries, keys and valu
     }
 };
 
-/// dk or dv of 64 keys over 128 queries, added; the slots are still taken. do is read until ds is made: then its stage is free
-/// when the slots are.
+/// dk or dv of 64 keys over 128 queries, added. do is read until ds is made: its stage must not be free before.
 template <bool keys>
 __device__ __forceinline__ void add_products(
     float (&c)[CHUNKS][4], u32 shared, int round, int stage, bool add) {
@@ -465,14 +463,11 @@ __device__ __forceinline__ void add_products(
         begin_products();
         multiply_transposed<QueryLayout>(c, panel(shared, slot, keys), tile, slot * 64, add || slot > 0);
         commit_products();
+        if (!keys) wait_barrier(written(shared, slot, 1), round);
+        wait_products<0>();
+        hold(c);
+        arrive_as_warp(taken(shared, slot, keys));
     }
-    for (int slot = 0; slot < SLOTS && !keys; slot++) wait_barrier(written(shared, slot, 1), round);
-    wait_products<0>();
-    hold(c);
-}
-
-__device__ __forceinline__ void leave_slots(u32 shared, bool keys) {
-    for (int slot = 0; slot < SLOTS; slot++) arrive_as_warp(taken(shared, slot, keys));
 }
 
 /// dk or dv of 64 keys, to memory.
@@ -515,11 +510,10 @@ template <bool keys> __device__ __forceinline__ void sum_all(const Arguments &a,
         Ring<QUERY_STAGES> after = queries;
 #pragma unroll 1
         for (int m = 0; m < M_TILES; m++) {
+            if (m == 0 && (block > 0 || !first_visit)) ahead.request_keys(a, maps);
             if (ahead.pending == after.stage) ahead.finish_queries();
             if (block == 0) wait_barrier(queries_arrived(shared, after.stage), after.round);
             add_products<keys>(c, shared, round++, after.stage, m > 0);
-            leave_slots(shared, keys);
-            if (m == 0 && (block > 0 || !first_visit)) ahead.request_keys(a, maps);
             after.next();
         }
         ahead.finish_queries();  // dv goes where o is

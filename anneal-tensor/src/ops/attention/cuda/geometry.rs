@@ -32,7 +32,18 @@ impl Family {
             _ => Self::Plain,
         }
     }
+
+    /// The family that makes the gradients.
+    pub(super) fn backward(self, dim: usize) -> Self {
+        match self {
+            Self::Warpgroups if dim > WIDEST_BY_WARPGROUPS => Self::Warps,
+            family => family,
+        }
+    }
 }
+
+/// Widest heads whose gradients by warpgroups fit the registers.
+const WIDEST_BY_WARPGROUPS: usize = 80;
 
 /// Rows that start at multiples of 16 bytes, at 32-bit offsets within a head.
 fn is_aligned(tensor: &Tensor) -> bool {
@@ -46,7 +57,7 @@ fn is_aligned(tensor: &Tensor) -> bool {
 #[derive(Clone, Debug)]
 pub(super) struct Geometry {
     macros: Vec<(&'static str, usize)>,
-    /// Queries (forward) or keys (backward) of a block of threads.
+    /// Queries (forward, and backward by warpgroups) or keys of a block of threads.
     pub(super) rows: usize,
     threads: usize,
     shared: usize,
@@ -74,9 +85,9 @@ impl Geometry {
         }
     }
 
-    pub(super) fn backward(family: Family, dim: usize, properties: &Properties) -> Self {
+    pub(super) fn backward(family: Family, dim: usize, queries: usize, properties: &Properties) -> Self {
         match family {
-            Family::Warpgroups => Self::backward_of_warpgroups(dim),
+            Family::Warpgroups => Self::backward_of_warpgroups(dim, queries),
             Family::Warps => {
                 Self::first_that_fits(Self::all_backward_of_warps(dim), properties.shared_memory_per_block)
             }
@@ -107,13 +118,13 @@ impl Geometry {
         Self { macros, rows, threads: 128 * groups, shared }
     }
 
-    pub(super) fn backward_of_warpgroups(dim: usize) -> Self {
-        // Gradients of 256 keys fill half of the registers; wider heads leave room for 128.
-        let (groups, tiles) = (2, if dim <= 80 { 2 } else { 1 });
-        let rows = 64 * tiles * groups;
-        let macros = vec![("GROUPS", groups), ("M_TILES", tiles), ("SUB_QUERIES", 32), ("MIN_BLOCKS", 1)];
-        let shared = 2 * dim * (2 * rows + 320) + 256 * rows + 2048;
-        Self { macros, rows, threads: 128 * groups, shared }
+    pub(super) fn backward_of_warpgroups(dim: usize, queries: usize) -> Self {
+        let tiles = if queries > 128 { 2 } else { 1 };
+        // With a stage to spare, the next head's first queries arrive while this head is at work.
+        let stages = if dim <= 72 { 3 } else { 2 };
+        let macros = vec![("M_TILES", tiles), ("QUERY_STAGES", stages)];
+        let shared = dim * (512 * stages + 1152) + 32_768 + 1024 * stages + 1024 + 256;
+        Self { macros, rows: 128 * tiles, threads: 512, shared }
     }
 
     pub(super) fn forward_of_warps(dim: usize) -> Self {
@@ -163,8 +174,8 @@ impl Geometry {
     }
 }
 
-/// Parts that backward's blocks of keys are dealt to, none of them empty: enough to fill the device, few
-/// enough that their sums of `dq` stay cheap.
+/// Parts that backward's blocks of keys (of queries, by warpgroups) are dealt to, none of them empty: enough to fill the device, few
+/// enough that their sums stay cheap.
 pub(super) fn parts(blocks: usize, heads: usize, multiprocessors: usize) -> usize {
     let enough = (6 * multiprocessors).div_ceil(heads).min(4).max(multiprocessors.div_ceil(heads));
     let share = blocks.div_ceil(enough.min(blocks));
@@ -205,7 +216,9 @@ mod tests {
         for dim in (8..=128).step_by(8) {
             let hopper = 232_448;
             assert!(Geometry::forward_of_warpgroups(dim).shared <= hopper);
-            assert!(Geometry::backward_of_warpgroups(dim).shared <= hopper);
+            if Family::Warpgroups.backward(dim) == Family::Warpgroups {
+                assert!(Geometry::backward_of_warpgroups(dim, 256).shared <= hopper);
+            }
             // sm_86 and sm_89 have the least.
             assert!(Geometry::forward_of_warps(dim).shared <= 101_376);
             assert!(Geometry::all_backward_of_warps(dim).last().unwrap().shared <= 101_376);

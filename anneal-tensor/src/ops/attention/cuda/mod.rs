@@ -15,6 +15,7 @@ use crate::kernels::element;
 use crate::{DType, Result, Tensor};
 
 mod geometry;
+mod hopper;
 
 use geometry::{Family, Geometry};
 
@@ -31,15 +32,15 @@ const BACKWARD_MMA: Source = source!(
     "common.cuh",
     "rows.cuh",
     "mma.cuh",
-    "tiles_mma.cuh",
+    "partial.cuh",
     "gradient.cuh"; include_str!("backward_mma.cu"));
 const BACKWARD_WGMMA: Source = source!(
     "backward_wgmma",
     "common.cuh",
     "rows.cuh",
-    "../../hopper.cuh", "wgmma.cuh",
-    "tiles_wgmma.cuh",
-    "gradient.cuh"; include_str!("backward_wgmma.cu"));
+    "../../hopper.cuh",
+    "wgmma.cuh",
+    "partial.cuh"; include_str!("backward_wgmma.cu"));
 const REDUCE: Source = source!("reduce", "common.cuh"; include_str!("reduce.cu"));
 const GENERIC: Source = source!("generic", "common.cuh"; include_str!("generic.cu"));
 
@@ -85,12 +86,11 @@ struct Parameters {
     mask: *mut u8,
     mask_batch: i64,
     log_sums: *mut u8,
-    query_partial: *mut u8,
+    partial: *mut u8,
     bias_partial: *mut u8,
     sizes: [i32; 4],
     scale: f32,
-    /// Named because launches are compared byte by byte.
-    padding: u32,
+    parts: i32,
 }
 
 impl Parameters {
@@ -117,11 +117,11 @@ impl Parameters {
             mask: operands.mask.as_ref().map_or(null, Tensor::address),
             mask_batch: operands.mask.as_ref().map_or(0, |mask| mask.strides()[0] as i64),
             log_sums: log_sums.map_or(null, Tensor::address),
-            query_partial: null,
+            partial: null,
             bias_partial: null,
             sizes: [batch, heads, queries, keys].map(|size| size as i32),
             scale: op.scale,
-            padding: 0,
+            parts: 1,
         }
     }
 }
@@ -211,12 +211,12 @@ pub(super) fn backward(
     let inputs = [&operands.query, &operands.key, &operands.value, &saved.output, &saved.upstream];
     let tensors: Vec<&Tensor> = inputs.into_iter().chain(wanted.into_iter().flatten()).collect();
     let macros = of_operands(dim, operands);
-    match Family::of(cuda.properties(), &tensors) {
+    match Family::of(cuda.properties(), &tensors).backward(dim) {
         Family::Plain => backward_plain(cuda, &op.sizes, &macros, parameters)?,
-        family => {
-            let query = gradients.query.as_ref();
-            backward_on_tensor_cores(cuda, family, &op.sizes, &macros, parameters, query)?;
+        Family::Warps => {
+            backward_by_warps(cuda, &op.sizes, &macros, parameters, gradients.query.as_ref())?;
         }
+        Family::Warpgroups => hopper::backward(cuda, op, operands, saved, gradients, &macros, parameters)?,
     }
     match &gradients.bias {
         Some(bias) => reduce_bias(cuda, &op.sizes, &macros, parameters, bias),
@@ -230,7 +230,7 @@ fn backward_plain(
     macros: &[(&'static str, String)],
     parameters: Parameters,
 ) -> Result<()> {
-    let geometry = Geometry::backward(Family::Plain, sizes.dim, cuda.properties());
+    let geometry = Geometry::backward(Family::Plain, sizes.dim, sizes.queries, cuda.properties());
     let macros = [macros.to_vec(), geometry.macros()].concat();
     let over_queries = ("attention_backward_queries_generic", sizes.queries);
     let over_keys = ("attention_backward_keys_generic", sizes.keys);
@@ -242,20 +242,15 @@ fn backward_plain(
 }
 
 /// One kernel makes all gradients; where it deals the keys to several parts, another adds their `dq`.
-fn backward_on_tensor_cores(
+fn backward_by_warps(
     cuda: &CudaDevice,
-    family: Family,
     sizes: &Sizes,
     macros: &[(&'static str, String)],
     mut parameters: Parameters,
     query: Option<&Tensor>,
 ) -> Result<()> {
     let Sizes { batch, queries, keys, heads, dim } = *sizes;
-    let kernel = match family {
-        Family::Warpgroups => (&BACKWARD_WGMMA, "attention_backward_wgmma"),
-        _ => (&BACKWARD_MMA, "attention_backward_mma"),
-    };
-    let geometry = Geometry::backward(family, dim, cuda.properties());
+    let geometry = Geometry::backward(Family::Warps, dim, queries, cuda.properties());
     let own = [macros.to_vec(), geometry.macros()].concat();
     let blocks = keys.div_ceil(geometry.rows);
     let parts = geometry::parts(blocks, batch * heads, cuda.properties().multiprocessors);
@@ -264,14 +259,31 @@ fn backward_on_tensor_cores(
         .filter(|_| blocks > 1)
         .map(|query| Tensor::empty_for(query.device(), &sums, DType::F32, Purpose::Workspace))
         .transpose()?;
-    parameters.query_partial = partial.as_ref().map_or(std::ptr::null_mut(), Tensor::address);
-    start(cuda, kernel, &own, geometry.launch([parts, heads, batch]), Arguments::new().with(parameters))?;
-    if parts > 1 && query.is_some() {
-        let arguments = Arguments::new().with(parameters).with(parts as i32);
-        let launch = Launch::new([(queries * dim).div_ceil(256), heads, batch], 256);
-        start(cuda, (&REDUCE, "attention_reduce_queries"), macros, launch, arguments)?;
+    parameters.partial = partial.as_ref().map_or(std::ptr::null_mut(), Tensor::address);
+    let launch = geometry.launch([parts, heads, batch]);
+    start(cuda, (&BACKWARD_MMA, "attention_backward_mma"), &own, launch, Arguments::new().with(parameters))?;
+    match (query, partial) {
+        (Some(query), Some(partial)) if parts > 1 => {
+            reduce_rows(cuda, macros, query, partial.address(), parts, parameters.scale)
+        }
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+/// `gradient [B, N, H, D] = factor` times the sum of `partial [parts, B, H, N, D]` over the parts.
+fn reduce_rows(
+    cuda: &CudaDevice,
+    macros: &[(&'static str, String)],
+    gradient: &Tensor,
+    partial: *mut u8,
+    parts: usize,
+    factor: f32,
+) -> Result<()> {
+    let [batch, rows, heads, dim] = [0, 1, 2, 3].map(|axis| gradient.size(axis));
+    let arguments = Arguments::new().with(Rows::of(gradient)).with(partial);
+    let arguments = arguments.with(rows as i32).with(parts as i32).with(factor);
+    let launch = Launch::new([(rows * dim).div_ceil(256), heads, batch], 256);
+    start(cuda, (&REDUCE, "attention_reduce_rows"), macros, launch, arguments)
 }
 
 /// Zeros in a contiguous tensor.
@@ -312,6 +324,12 @@ pub(in crate::ops) fn variants() -> Vec<Variant> {
         macros: [common.to_vec(), geometry.macros()].concat(),
     };
     let mut all = Vec::new();
+    for (dtype, bias, dim) in [(DType::BF16, None, 72), (DType::F16, Some(DType::F32), 40)] {
+        for queries in [64, 256] {
+            let geometry = Geometry::backward_of_warpgroups(dim, queries);
+            all.push(variant(BACKWARD_WGMMA, &macros(dim, dtype, bias), geometry));
+        }
+    }
     for (dtype, bias, dim) in [(DType::BF16, None, 72), (DType::F16, Some(DType::F32), 128)] {
         let common = macros(dim, dtype, bias);
         all.push(variant(FORWARD_MMA, &common, Geometry::forward_of_warps(dim)));
@@ -319,7 +337,6 @@ pub(in crate::ops) fn variants() -> Vec<Variant> {
             all.push(variant(BACKWARD_MMA, &common, geometry));
         }
         all.push(variant(FORWARD_WGMMA, &common, Geometry::forward_of_warpgroups(dim)));
-        all.push(variant(BACKWARD_WGMMA, &common, Geometry::backward_of_warpgroups(dim)));
     }
     for (dtype, bias) in [(DType::F32, None), (DType::BF16, Some(DType::F16))] {
         let common = macros(36, dtype, bias);

@@ -1,0 +1,73 @@
+//! The gradients by warpgroups on Hopper: maps for the copy engine, parts of queries, sums over them.
+
+use anneal_device::cuda::{Arguments, Boxes, TensorMap};
+use anneal_device::{CudaDevice, Purpose};
+
+use super::geometry::{self, Family, Geometry};
+use super::{Attention, BACKWARD_WGMMA, Gradients, Operands, Parameters, Saved, Sizes, reduce_rows, start};
+use crate::ops::linear::element_of;
+use crate::{DType, Result, Tensor};
+
+const BOX_ROWS: usize = 64;
+/// Columns of a box: of a panel, and of a chunk for what is left of the head dim.
+const BOX_COLUMNS: [usize; 2] = [64, 8];
+
+/// `Maps` of backward_wgmma.cu.
+type Maps = [[TensorMap; 2]; 8];
+
+fn maps_of(cuda: &CudaDevice, rows: &Tensor) -> Result<[TensorMap; 2]> {
+    let sizes = [0, 1, 2, 3].map(|axis| rows.size(axis));
+    let strides = [0, 1, 2, 3].map(|axis| rows.strides()[axis]);
+    let element = element_of(rows.dtype())?;
+    let [panels, chunks] = BOX_COLUMNS.map(|columns| {
+        let sides = [1, BOX_ROWS, 1, columns];
+        cuda.tensor_map(&Boxes { address: rows.address(), element, sizes, strides, sides })
+    });
+    Ok([panels?, chunks?])
+}
+
+/// One kernel makes all gradients; where it deals the queries to several parts, another adds their `dk` and `dv`.
+pub(super) fn backward(
+    cuda: &CudaDevice,
+    op: &Attention,
+    operands: &Operands,
+    saved: &Saved,
+    gradients: &Gradients,
+    macros: &[(&'static str, String)],
+    mut parameters: Parameters,
+) -> Result<()> {
+    let Sizes { batch, queries, keys, heads, dim } = op.sizes;
+    let multiprocessors = cuda.properties().multiprocessors;
+    let geometry = Geometry::backward(Family::Warpgroups, dim, queries, cuda.properties());
+    let blocks = queries.div_ceil(geometry.rows);
+    let parts = geometry::parts(blocks, batch * heads, multiprocessors);
+    let sums = [2, parts, batch, heads, keys, dim];
+    let device = saved.output.device();
+    let partial = (blocks > 1)
+        .then(|| Tensor::empty_for(device, &sums, DType::F32, Purpose::Workspace))
+        .transpose()?;
+    parameters.parts = parts as i32;
+    parameters.partial = partial.as_ref().map_or(std::ptr::null_mut(), Tensor::address);
+
+    let wanted = [&gradients.query, &gradients.key, &gradients.value];
+    let inputs = [&operands.query, &operands.key, &operands.value, &saved.output, &saved.upstream];
+    // Of a gradient that nobody wants the map is of something else, and not used.
+    let outputs = wanted.map(|gradient| gradient.as_ref().unwrap_or(&saved.output));
+    let mut maps: Maps = [maps_of(cuda, &saved.output)?; 8];
+    for (map, rows) in maps.iter_mut().zip(inputs.into_iter().chain(outputs)) {
+        *map = maps_of(cuda, rows)?;
+    }
+    let launch = geometry.launch([multiprocessors.min(parts * heads * batch), 1, 1]);
+    let own = [macros.to_vec(), geometry.macros()].concat();
+    let arguments = Arguments::new().with(parameters).with(maps);
+    start(cuda, (&BACKWARD_WGMMA, "attention_backward_wgmma"), &own, launch, arguments)?;
+
+    let Some(partial) = partial.filter(|_| parts > 1) else { return Ok(()) };
+    let half = partial.elements() / 2 * DType::F32.size();
+    for (gradient, offset, factor) in [(&gradients.key, 0, op.scale), (&gradients.value, half, 1.0)] {
+        if let Some(gradient) = gradient {
+            reduce_rows(cuda, macros, gradient, partial.address().wrapping_add(offset), parts, factor)?;
+        }
+    }
+    Ok(())
+}
