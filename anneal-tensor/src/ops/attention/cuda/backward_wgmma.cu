@@ -36,24 +36,25 @@ constexpr int GROUP_THREADS = 128, WALKING_GROUPS = 2, VALUE_GROUP = 2, KEY_GROU
 constexpr int BOX_ROWS = 64, KEY_BLOCK = BOX_ROWS, KEY_STAGES = 2, KEY_TILES = KEY_BLOCK / 8;
 constexpr int STAGE_ROWS = BOX_ROWS * WALKING_GROUPS;
 constexpr int QUERY_ROWS = STAGE_ROWS * M_TILES;
-constexpr int SLOTS = WALKING_GROUPS;  // of p and of ds, one for each walking group
+constexpr int SLOTS = WALKING_GROUPS;  // of p with ds, one for each walking group
 // Registers of a thread.
 constexpr int WALKING_REGISTERS = 184, OTHER_REGISTERS = 72;
 typedef PanelLayout<STAGE_ROWS> QueryLayout;
 typedef PanelLayout<KEY_BLOCK> KeyLayout;
 typedef float Scores[KEY_TILES][4];
 
-// Shared memory: stages of queries with do, stages of keys with values, o of a stage or dv on its way out, slots of p and of ds,
+// Shared memory: stages of queries with do, stages of keys with values, o of a stage or dv on its way out, slots of p with ds,
 // dq and dk on their way out, statistics, zeros, barriers.
 constexpr int QUERY_STAGE_BYTES = 2 * QueryLayout::BYTES, KEY_STAGE_BYTES = 2 * KeyLayout::BYTES;
-constexpr int PANEL_BYTES = 64 * 128;
+constexpr int PANEL_BYTES = 64 * 128, SLOT_BYTES = 2 * PANEL_BYTES;
 constexpr int KEYS_OFFSET = QUERY_STAGES * QUERY_STAGE_BYTES;
 constexpr int OUTPUT_OFFSET = KEYS_OFFSET + KEY_STAGES * KEY_STAGE_BYTES;
 constexpr int SLOTS_OFFSET = OUTPUT_OFFSET + QueryLayout::BYTES;
-constexpr int STAGED_OFFSET = SLOTS_OFFSET + 2 * SLOTS * PANEL_BYTES;
+constexpr int STAGED_OFFSET = SLOTS_OFFSET + SLOTS * SLOT_BYTES;
 constexpr int STATISTICS_OFFSET = STAGED_OFFSET + (WALKING_GROUPS + 1) * KeyLayout::BYTES;
 constexpr int ZEROS_OFFSET = STATISTICS_OFFSET + QUERY_STAGES * STAGE_ROWS * 8;
 constexpr int BARRIERS_OFFSET = ZEROS_OFFSET + 64 * 16;
+static_assert(KeyLayout::BYTES <= SLOT_BYTES, "a slot holds 64 rows on their way out");
 
 __device__ __forceinline__ u32 query_tile(u32 shared, int stage) { return shared + stage * QUERY_STAGE_BYTES; }
 __device__ __forceinline__ u32 upstream_tile(u32 shared, int stage) {
@@ -61,14 +62,15 @@ __device__ __forceinline__ u32 upstream_tile(u32 shared, int stage) {
 }
 __device__ __forceinline__ u32 key_tile(u32 shared, int stage) { return shared + KEYS_OFFSET + stage * KEY_STAGE_BYTES; }
 __device__ __forceinline__ u32 value_tile(u32 shared, int stage) { return key_tile(shared, stage) + KeyLayout::BYTES; }
-/// Of a group's rows on their way out.
-__device__ __forceinline__ u32 staged_tile(u32 shared, int group) {
+/// Of a group's rows on their way out. The second 64 queries of a walking group go by way of its slot.
+__device__ __forceinline__ u32 staged_tile(u32 shared, int group, int m = 0) {
+    if (m > 0) return shared + SLOTS_OFFSET + group * SLOT_BYTES;
     if (group == VALUE_GROUP) return shared + OUTPUT_OFFSET;
     return shared + STAGED_OFFSET + min(group, WALKING_GROUPS) * KeyLayout::BYTES;
 }
 /// `what` is 0 for p, 1 for ds.
 __device__ __forceinline__ u32 panel(u32 shared, int slot, int what) {
-    return shared + SLOTS_OFFSET + (what * SLOTS + slot) * PANEL_BYTES;
+    return shared + SLOTS_OFFSET + (2 * slot + what) * PANEL_BYTES;
 }
 __device__ __forceinline__ u32 statistics(u32 shared, int stage) {
     return shared + STATISTICS_OFFSET + stage * STAGE_ROWS * 8;
@@ -151,18 +153,21 @@ template <int STAGES> struct Ring {
 __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % 4 * 16; }
 __device__ __forceinline__ int own_row() { return warp_row() + threadIdx.x % 32 / 4; }
 
-/// 64 rows of a group's results times `scale`, stored while the group goes on.
-__device__ __forceinline__ void store_results(
-    const float (&c)[CHUNKS][4], float scale, u32 shared, int group, const RowMaps &maps, int b, int h, int first) {
-    const u32 tile = staged_tile(shared, group);
-    const float factor[2] = {scale, scale};
-    const bool leads = threadIdx.x % GROUP_THREADS == 0;
-    if (leads) wait_boxes_left();
+/// Meets the group when all that it stored has left shared memory.
+__device__ __forceinline__ void meet_with_boxes_left(int group) {
+    if (threadIdx.x % GROUP_THREADS == 0) wait_boxes_left();
+    __syncwarp();
     meet_group(group);
+}
+
+/// 64 rows of a group's results times `scale`, stored while the group goes on. The tile that they go by is free.
+__device__ __forceinline__ void store_results(
+    const float (&c)[CHUNKS][4], float scale, u32 tile, int group, const RowMaps &maps, int b, int h, int first) {
+    const float factor[2] = {scale, scale};
     stage_rows<KeyLayout>(c, factor, tile, warp_row());
     publish();
     meet_group(group);
-    if (leads) store_rows_of(tile, maps, b, h, first);
+    if (threadIdx.x % GROUP_THREADS == 0) store_rows_of(tile, maps, b, h, first);
     __syncwarp();
 }
 
@@ -333,7 +338,9 @@ __device__ __forceinline__ void walk_all(const Arguments &a, const Maps &maps, u
             for (int m = 0; m < M_TILES; m++) {
                 if (block == 0) wait_barrier(queries_arrived(shared, after.stage), after.round);
                 walk(dq[m], a, at, shared, m, after.stage, keys.stage, block * KEY_BLOCK, round++, [&] {
-                    if (block > 0 && m == 0) arrive_as_warp(keys_left(shared, (keys.stage + 1) % KEY_STAGES));
+                    if (m > 0) return;
+                    if (block > 0) arrive_as_warp(keys_left(shared, (keys.stage + 1) % KEY_STAGES));
+                    else meet_with_boxes_left(group);  // dq of the visit before, by way of the slot and another tile
                 });
                 after.next();
             }
@@ -344,10 +351,11 @@ __device__ __forceinline__ void walk_all(const Arguments &a, const Maps &maps, u
 #pragma unroll
         for (int m = 0; m < M_TILES; m++) {
             hold(dq[m]);
-            if (a.query_gradient.data != nullptr)
-                store_results(
-                    dq[m], a.scale, shared, group, maps.query_gradient, at.b, at.h,
-                    at.first_query + m * STAGE_ROWS + group * 64);
+            if (a.query_gradient.data == nullptr) continue;
+            for (int what = 0; what < 2 && m > 0; what++) wait_barrier(taken(shared, group, what), round - 1);
+            store_results(
+                dq[m], a.scale, staged_tile(shared, group, m), group, maps.query_gradient, at.b, at.h,
+                at.first_query + m * STAGE_ROWS + group * 64);
         }
         arrive_as_warp(keys_left(shared, keys.stage));
         keys.next();
@@ -356,20 +364,40 @@ __device__ __forceinline__ void walk_all(const Arguments &a, const Maps &maps, u
 
 // The groups of keys and values.
 
-/// `c (+)= left^T rows`: `left` a panel of 64 rows, `rows` 64 rows of a tile from `row` on.
+/// The last chunk's columns of `c += left^T rows`, by a warp for 16 columns of `left`.
+__device__ __forceinline__ void multiply_chunk_transposed(float (&c)[4], u32 left, u32 chunk) {
+    const int lane = threadIdx.x % 32;
+    u32 a[4][1][4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const int row = k * 16 + lane / 16 * 8 + lane % 8, column_chunk = warp_row() / 8 + lane / 8 % 2;
+        load_4_transposed(a[k][0], left + row * 128 + (column_chunk ^ row % 8) * 16);
+    }
+    multiply_chunk(c, a, chunk);
+}
+
+/// `c (+)= left^T rows`: `left` a panel of 64 rows, `rows` 64 rows of a tile from `row` on. Products by groups are under
+/// way at the end.
 template <class LAYOUT>
 __device__ __forceinline__ void multiply_transposed(float (&c)[CHUNKS][4], u32 left, u32 tile, int row, bool add) {
     const Operand a = panel_operand(left), panels = panel_operand(tile + row * 128);
-    const Operand rest = chunk_operand(tile + PANELS * LAYOUT::PANEL_BYTES + row * 16, 128, LAYOUT::CHUNK_BYTES);
+    const u32 rest_address = tile + PANELS * LAYOUT::PANEL_BYTES + row * 16;
+    const Operand rest = chunk_operand(rest_address, 128, LAYOUT::CHUNK_BYTES);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
 #pragma unroll
         for (int panel = 0; panel < PANELS; panel++)
             Product<8>::shared<1, 1>(
                 part<8>(c, 8 * panel), a.at(k * 2048), panels.at(panel * LAYOUT::PANEL_BYTES + k * 2048), add || k > 0);
-        if constexpr (REST > 0)
+        if constexpr (REST > 0 && !LAST_BY_WARPS)
             Product<REST_TILES>::template shared<1, 1>(
                 part<REST_TILES>(c, CHUNKS - REST_TILES), a.at(k * 2048), rest.at(k * 256), add || k > 0);
+    }
+    if constexpr (LAST_BY_WARPS) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (!add) c[CHUNKS - 1][i] = 0.0f;
+        multiply_chunk_transposed(c[CHUNKS - 1], left, rest_address);
     }
 }
 
@@ -479,8 +507,10 @@ __device__ __forceinline__ void finish_keys(
     if (gradient.data == nullptr) return;
     if (at.block == 0 && at.is_last(a) && a.parts == 1) {
         const RowMaps &rows = keys ? maps.key_gradient : maps.value_gradient;
+        const int group = keys ? KEY_GROUP : VALUE_GROUP;
+        meet_with_boxes_left(group);
         store_results(
-            c, scale, shared, keys ? KEY_GROUP : VALUE_GROUP, rows, at.b(a), at.h(a), block * KEY_BLOCK);
+            c, scale, staged_tile(shared, group), group, rows, at.b(a), at.h(a), block * KEY_BLOCK);
         return;
     }
     const i64 head = ((i64(keys ? 0 : a.parts) + at.part(a)) * a.batch + at.b(a)) * a.heads + at.h(a);
@@ -547,5 +577,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (group == KEY_GROUP) sum_all<true>(a, maps, shared);
         else sum_all<false>(a, maps, shared);
     }
+    wait_boxes_left();  // shared memory goes with the last thread
 #endif
 }
