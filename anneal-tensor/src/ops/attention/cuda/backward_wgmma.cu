@@ -364,40 +364,20 @@ __device__ __forceinline__ void walk_all(const Arguments &a, const Maps &maps, u
 
 // The groups of keys and values.
 
-/// The last chunk's columns of `c += left^T rows`, by a warp for 16 columns of `left`.
-__device__ __forceinline__ void multiply_chunk_transposed(float (&c)[4], u32 left, u32 chunk) {
-    const int lane = threadIdx.x % 32;
-    u32 a[4][1][4];
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const int row = k * 16 + lane / 16 * 8 + lane % 8, column_chunk = warp_row() / 8 + lane / 8 % 2;
-        load_4_transposed(a[k][0], left + row * 128 + (column_chunk ^ row % 8) * 16);
-    }
-    multiply_chunk(c, a, chunk);
-}
-
-/// `c (+)= left^T rows`: `left` a panel of 64 rows, `rows` 64 rows of a tile from `row` on. Products by groups are under
-/// way at the end.
+/// `c (+)= left^T rows`: `left` a panel of 64 rows, `rows` 64 rows of a tile from `row` on.
 template <class LAYOUT>
 __device__ __forceinline__ void multiply_transposed(float (&c)[CHUNKS][4], u32 left, u32 tile, int row, bool add) {
     const Operand a = panel_operand(left), panels = panel_operand(tile + row * 128);
-    const u32 rest_address = tile + PANELS * LAYOUT::PANEL_BYTES + row * 16;
-    const Operand rest = chunk_operand(rest_address, 128, LAYOUT::CHUNK_BYTES);
+    const Operand rest = chunk_operand(tile + PANELS * LAYOUT::PANEL_BYTES + row * 16, 128, LAYOUT::CHUNK_BYTES);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
 #pragma unroll
         for (int panel = 0; panel < PANELS; panel++)
             Product<8>::shared<1, 1>(
                 part<8>(c, 8 * panel), a.at(k * 2048), panels.at(panel * LAYOUT::PANEL_BYTES + k * 2048), add || k > 0);
-        if constexpr (REST > 0 && !LAST_BY_WARPS)
+        if constexpr (REST > 0)
             Product<REST_TILES>::template shared<1, 1>(
                 part<REST_TILES>(c, CHUNKS - REST_TILES), a.at(k * 2048), rest.at(k * 256), add || k > 0);
-    }
-    if constexpr (LAST_BY_WARPS) {
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (!add) c[CHUNKS - 1][i] = 0.0f;
-        multiply_chunk_transposed(c[CHUNKS - 1], left, rest_address);
     }
 }
 

@@ -25,13 +25,12 @@ macro_rules! source {
     };
 }
 
-const FORWARD_MMA: Source = source!("forward_mma", "common.cuh", "rows.cuh", "fragments.cuh", "mma.cuh", "softmax.cuh"; include_str!("forward_mma.cu"));
-const FORWARD_WGMMA: Source = source!("forward_wgmma", "common.cuh", "rows.cuh", "fragments.cuh", "../../hopper.cuh", "wgmma.cuh", "softmax.cuh"; include_str!("forward_wgmma.cu"));
+const FORWARD_MMA: Source = source!("forward_mma", "common.cuh", "rows.cuh", "mma.cuh", "softmax.cuh"; include_str!("forward_mma.cu"));
+const FORWARD_WGMMA: Source = source!("forward_wgmma", "common.cuh", "rows.cuh", "../../hopper.cuh", "wgmma.cuh", "softmax.cuh"; include_str!("forward_wgmma.cu"));
 const BACKWARD_MMA: Source = source!(
     "backward_mma",
     "common.cuh",
     "rows.cuh",
-    "fragments.cuh",
     "mma.cuh",
     "partial.cuh",
     "gradient.cuh"; include_str!("backward_mma.cu"));
@@ -39,7 +38,6 @@ const BACKWARD_WGMMA: Source = source!(
     "backward_wgmma",
     "common.cuh",
     "rows.cuh",
-    "fragments.cuh",
     "../../hopper.cuh",
     "wgmma.cuh",
     "partial.cuh"; include_str!("backward_wgmma.cu"));

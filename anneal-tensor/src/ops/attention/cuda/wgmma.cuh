@@ -1,6 +1,6 @@
 // Attention on CUDA, tensor cores of sm_90a: products by warpgroups of four warps (wgmma).
 //
-// Text after rows.cuh, fragments.cuh and hopper.cuh, before the Hopper kernels. 64 rows by 8 TILES columns of results; a thread
+// Text after rows.cuh and hopper.cuh, before the Hopper kernels. 64 rows by 8 TILES columns of results; a thread
 // of warp `w % 4` holds what it would hold of mma.sync's 16 x 8 results for rows `16 (w % 4)..`.
 // A tile in shared memory is a panel of 128 bytes a row for every 64 columns, its chunks exchanged by the
 // row as the swizzle of 128 bytes wants it, then single chunks for what is left of the head dim (one
@@ -56,41 +56,23 @@ __device__ __forceinline__
     }
 }
 
-// A last chunk alone is left to the warps: a product by a group for 8 columns takes the matrix unit five times its share.
-constexpr bool LAST_BY_WARPS = REST == 1 && PANELS > 0;
-
-/// `c += a chunk` for a warp's 16 rows: `a` 16 x 16 STEPS, `chunk` as many rows of 8 columns.
-template <int STEPS>
-__device__ __forceinline__ void multiply_chunk(float (&c)[4], const u32 (&a)[STEPS][1][4], u32 chunk) {
-    static_assert(STEPS % 2 == 0, "rows are loaded by 32");
-#pragma unroll
-    for (int k = 0; k < STEPS; k += 2) {
-        u32 b[4];
-        load_4_transposed(b, chunk + (k * 16 + threadIdx.x % 32) * 16);
-        multiply_16(c, a[k][0], b[0], b[1]);
-        multiply_16(c, a[k + 1][0], b[2], b[3]);
-    }
-}
-
 /// `c += a rows`, `a` being `STEPS` fragments side by side: 64 x 16 STEPS times rows of a tile from `row` on, all
-/// columns. Those by groups are under way at the end.
+/// columns.
 template <class LAYOUT, int STEPS>
 __device__ __forceinline__ void multiply_columns(
     float (&c)[CHUNKS][4], const u32 (&a)[STEPS][1][4], u32 tile, int row) {
     const Operand panels = panel_operand(tile + row * 128);
-    const u32 rest_address = tile + PANELS * LAYOUT::PANEL_BYTES + row * 16;
-    const Operand rest = chunk_operand(rest_address, 128, LAYOUT::CHUNK_BYTES);
+    const Operand rest = chunk_operand(tile + PANELS * LAYOUT::PANEL_BYTES + row * 16, 128, LAYOUT::CHUNK_BYTES);
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
 #pragma unroll
         for (int panel = 0; panel < PANELS; panel++)
             Product<8>::registers<1>(
                 part<8>(c, 8 * panel), a[k][0], panels.at(panel * LAYOUT::PANEL_BYTES + k * 16 * 128), 1);
-        if constexpr (REST > 0 && !LAST_BY_WARPS)
+        if constexpr (REST > 0)
             Product<REST_TILES>::template registers<1>(
                 part<REST_TILES>(c, CHUNKS - REST_TILES), a[k][0], rest.at(k * 16 * 16), 1);
     }
-    if constexpr (LAST_BY_WARPS) multiply_chunk(c[CHUNKS - 1], a, rest_address);
 }
 
 template <int ROWS> __device__ __forceinline__ void clear_zeros(u32 zeros) {
