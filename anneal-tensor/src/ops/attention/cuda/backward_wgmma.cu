@@ -375,10 +375,14 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[CHUNKS][4], u32 l
     const Operand a = panel_operand(left);
     const ColumnOperand<LAYOUT> b(tile, row);
 #pragma unroll
-    for (int k = 0; k < 4; k++)
-        b.each(c, k, [&](auto &results, u64 operand) {
-            Product<sizeof(results) / 16>::template shared<1, 1>(results, a.at(k * 2048), operand, add || k > 0);
-        });
+    for (int k = 0; k < 4; k++) {
+#pragma unroll
+        for (int panel = 0; panel < LAYOUT::PANELS; panel++)
+            Product<8>::shared<1, 1>(part<8>(c, 8 * panel), a.at(k * 2048), b.panel(panel, k), add || k > 0);
+        if constexpr (LAYOUT::CHUNKS > 0)
+            Product<LAYOUT::CHUNKS>::template shared<1, 1>(
+                part<LAYOUT::CHUNKS>(c, CHUNKS - LAYOUT::CHUNKS), a.at(k * 2048), b.rest(k), add || k > 0);
+    }
 }
 
 /// What is requested ahead of the work on it, by one thread of each group.

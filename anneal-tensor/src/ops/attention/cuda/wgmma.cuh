@@ -74,15 +74,12 @@ template <class LAYOUT> struct ColumnOperand {
         : panels(panel_operand(tile + row * 128)),
           chunks(chunk_operand(tile + LAYOUT::CHUNKS_OFFSET + row * 16, 128, LAYOUT::CHUNK_BYTES)) {}
 
-    /// Calls `multiply(results, operand)` for 64 columns each, and for those in single chunks.
-    template <class Multiply>
-    __device__ __forceinline__ void each(float (&c)[CHUNKS][4], int depth, Multiply multiply) const {
-#pragma unroll
-        for (int panel = 0; panel < LAYOUT::PANELS; panel++)
-            multiply(part<8>(c, 8 * panel), panels.at(panel * LAYOUT::PANEL_BYTES + depth * 2048));
-        if constexpr (LAYOUT::CHUNKS > 0)
-            multiply(part<LAYOUT::CHUNKS>(c, CHUNKS - LAYOUT::CHUNKS), chunks.at(depth * 256));
+    /// Of 64 columns.
+    __device__ __forceinline__ u64 panel(int panel, int depth) const {
+        return panels.at(panel * LAYOUT::PANEL_BYTES + depth * 2048);
     }
+    /// Of all columns in single chunks.
+    __device__ __forceinline__ u64 rest(int depth) const { return chunks.at(depth * 256); }
 };
 
 /// `c += a rows`, `a` being `STEPS` fragments side by side: 64 x 16 STEPS times rows of a tile from `row` on, all
@@ -92,10 +89,14 @@ __device__ __forceinline__ void multiply_columns(
     float (&c)[CHUNKS][4], const u32 (&a)[STEPS][1][4], u32 tile, int row) {
     const ColumnOperand<LAYOUT> b(tile, row);
 #pragma unroll
-    for (int k = 0; k < STEPS; k++)
-        b.each(c, k, [&](auto &results, u64 operand) {
-            Product<sizeof(results) / 16>::template registers<1>(results, a[k][0], operand, 1);
-        });
+    for (int k = 0; k < STEPS; k++) {
+#pragma unroll
+        for (int panel = 0; panel < LAYOUT::PANELS; panel++)
+            Product<8>::registers<1>(part<8>(c, 8 * panel), a[k][0], b.panel(panel, k), 1);
+        if constexpr (LAYOUT::CHUNKS > 0)
+            Product<LAYOUT::CHUNKS>::template registers<1>(
+                part<LAYOUT::CHUNKS>(c, CHUNKS - LAYOUT::CHUNKS), a[k][0], b.rest(k), 1);
+    }
 }
 
 template <int ROWS> __device__ __forceinline__ void clear_zeros(u32 zeros) {
