@@ -66,8 +66,6 @@ template <int TILES> struct Product;
 #define RESULTS_6(c) RESULTS_5(c), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3])
 #define RESULTS_7(c) RESULTS_6(c), "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3])
 #define RESULTS_8(c) RESULTS_7(c), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
-#define RESULTS_9(c) RESULTS_8(c), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3])
-#define RESULTS_10(c) RESULTS_9(c), "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3])
 // Results of four tiles from tile `n` on.
 #define FOUR_RESULTS(c, n) \
     "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3]), \
@@ -85,8 +83,6 @@ template <int TILES> struct Product;
 #define NAMES_6 NAMES_5 ",%20,%21,%22,%23"
 #define NAMES_7 NAMES_6 ",%24,%25,%26,%27"
 #define NAMES_8 NAMES_7 ",%28,%29,%30,%31"
-#define NAMES_9 NAMES_8 ",%32,%33,%34,%35"
-#define NAMES_10 NAMES_9 ",%36,%37,%38,%39"
 #define NAMES_32 \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
@@ -130,8 +126,6 @@ DEFINE_PRODUCT(5, 40, "%20", "%21", "%22", "%23", "%24", "%25", "%26")
 DEFINE_PRODUCT(6, 48, "%24", "%25", "%26", "%27", "%28", "%29", "%30")
 DEFINE_PRODUCT(7, 56, "%28", "%29", "%30", "%31", "%32", "%33", "%34")
 DEFINE_PRODUCT(8, 64, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
-DEFINE_PRODUCT(9, 72, "%36", "%37", "%38", "%39", "%40", "%41", "%42")
-DEFINE_PRODUCT(10, 80, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
 DEFINE_PRODUCT(32, 256, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 // Barriers in shared memory, 8 bytes each: waiting for a phase without stopping where all threads meet.

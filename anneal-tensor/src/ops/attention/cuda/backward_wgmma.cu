@@ -40,23 +40,21 @@ constexpr int SLOTS = WALKING_GROUPS;  // of p with ds, one for each walking gro
 // Registers of a thread.
 constexpr int WALKING_REGISTERS = 184, OTHER_REGISTERS = 72;
 typedef PanelLayout<STAGE_ROWS> QueryLayout;
-typedef PanelLayout<BOX_ROWS> BoxLayout;
-// Keys lead by columns in `dq += ds k`.
-typedef PanelLayout<KEY_BLOCK, HEAD_DIM % 64 == 0 ? PANELS : 0> KeyLayout;
+typedef PanelLayout<KEY_BLOCK> KeyLayout;
 typedef float Scores[KEY_TILES][4];
 
 // Shared memory: stages of queries with do, stages of keys with values, o of a stage or dv on its way out, slots of p with ds,
 // dq and dk on their way out, statistics, zeros, barriers.
-constexpr int QUERY_STAGE_BYTES = 2 * QueryLayout::BYTES, KEY_STAGE_BYTES = KeyLayout::BYTES + BoxLayout::BYTES;
+constexpr int QUERY_STAGE_BYTES = 2 * QueryLayout::BYTES, KEY_STAGE_BYTES = 2 * KeyLayout::BYTES;
 constexpr int PANEL_BYTES = 64 * 128, SLOT_BYTES = 2 * PANEL_BYTES;
 constexpr int KEYS_OFFSET = QUERY_STAGES * QUERY_STAGE_BYTES;
 constexpr int OUTPUT_OFFSET = KEYS_OFFSET + KEY_STAGES * KEY_STAGE_BYTES;
 constexpr int SLOTS_OFFSET = OUTPUT_OFFSET + QueryLayout::BYTES;
 constexpr int STAGED_OFFSET = SLOTS_OFFSET + SLOTS * SLOT_BYTES;
-constexpr int STATISTICS_OFFSET = STAGED_OFFSET + (WALKING_GROUPS + 1) * BoxLayout::BYTES;
+constexpr int STATISTICS_OFFSET = STAGED_OFFSET + (WALKING_GROUPS + 1) * KeyLayout::BYTES;
 constexpr int ZEROS_OFFSET = STATISTICS_OFFSET + QUERY_STAGES * STAGE_ROWS * 8;
 constexpr int BARRIERS_OFFSET = ZEROS_OFFSET + 64 * 16;
-static_assert(BoxLayout::BYTES <= SLOT_BYTES, "a slot holds 64 rows on their way out");
+static_assert(KeyLayout::BYTES <= SLOT_BYTES, "a slot holds 64 rows on their way out");
 
 __device__ __forceinline__ u32 query_tile(u32 shared, int stage) { return shared + stage * QUERY_STAGE_BYTES; }
 __device__ __forceinline__ u32 upstream_tile(u32 shared, int stage) {
@@ -68,7 +66,7 @@ __device__ __forceinline__ u32 value_tile(u32 shared, int stage) { return key_ti
 __device__ __forceinline__ u32 staged_tile(u32 shared, int group, int m = 0) {
     if (m > 0) return shared + SLOTS_OFFSET + group * SLOT_BYTES;
     if (group == VALUE_GROUP) return shared + OUTPUT_OFFSET;
-    return shared + STAGED_OFFSET + min(group, WALKING_GROUPS) * BoxLayout::BYTES;
+    return shared + STAGED_OFFSET + min(group, WALKING_GROUPS) * KeyLayout::BYTES;
 }
 /// `what` is 0 for p, 1 for ds.
 __device__ __forceinline__ u32 panel(u32 shared, int slot, int what) {
@@ -109,33 +107,30 @@ __device__ __forceinline__ void make_barriers(u32 shared) {
         }
 }
 
-/// Calls `each(address, map, column)` for the boxes of 64 rows of a tile from `row` on.
-template <class LAYOUT, class Each>
-__device__ __forceinline__ void for_boxes(u32 tile, int row, const RowMaps &maps, Each each) {
-#pragma unroll
-    for (int panel = 0; panel < LAYOUT::PANELS; panel++)
-        each(tile + LAYOUT::PANEL_BYTES * panel + row * 128, &maps.panels, panel * 64);
-#pragma unroll
-    for (int chunk = 0; chunk < LAYOUT::CHUNKS; chunk++)
-        each(
-            tile + LAYOUT::CHUNKS_OFFSET + LAYOUT::CHUNK_BYTES * chunk + row * 16, &maps.chunks,
-            LAYOUT::PANELS * 64 + chunk * 8);
-}
-
 /// Copies 64 rows of a head, from `first` on, to rows of a tile.
 template <class LAYOUT>
 __device__ __forceinline__ void copy_rows_of(
     u32 tile, int row, const RowMaps &maps, int b, int h, int first, u32 barrier) {
-    for_boxes<LAYOUT>(tile, row, maps, [&](u32 address, const Map *map, int column) {
-        copy_box(address, map, {column, h, first, b}, barrier);
-    });
+#pragma unroll
+    for (int panel = 0; panel < PANELS; panel++)
+        copy_box(tile + LAYOUT::PANEL_BYTES * panel + row * 128, &maps.panels, {panel * 64, h, first, b}, barrier);
+#pragma unroll
+    for (int chunk = 0; chunk < REST; chunk++)
+        copy_box(
+            tile + PANELS * LAYOUT::PANEL_BYTES + LAYOUT::CHUNK_BYTES * chunk + row * 16, &maps.chunks,
+            {PANELS * 64 + chunk * 8, h, first, b}, barrier);
 }
 
 /// The way back, of a tile of 64 rows, started by one thread.
 __device__ __forceinline__ void store_rows_of(u32 tile, const RowMaps &maps, int b, int h, int first) {
-    for_boxes<BoxLayout>(tile, 0, maps, [&](u32 address, const Map *map, int column) {
-        store_box(address, map, {column, h, first, b});
-    });
+#pragma unroll
+    for (int panel = 0; panel < PANELS; panel++)
+        store_box(tile + KeyLayout::PANEL_BYTES * panel, &maps.panels, {panel * 64, h, first, b});
+#pragma unroll
+    for (int chunk = 0; chunk < REST; chunk++)
+        store_box(
+            tile + PANELS * KeyLayout::PANEL_BYTES + KeyLayout::CHUNK_BYTES * chunk, &maps.chunks,
+            {PANELS * 64 + chunk * 8, h, first, b});
     commit_boxes();
 }
 
@@ -169,7 +164,7 @@ __device__ __forceinline__ void meet_with_boxes_left(int group) {
 __device__ __forceinline__ void store_results(
     const float (&c)[CHUNKS][4], float scale, u32 tile, int group, const RowMaps &maps, int b, int h, int first) {
     const float factor[2] = {scale, scale};
-    stage_rows<BoxLayout>(c, factor, tile, warp_row());
+    stage_rows<KeyLayout>(c, factor, tile, warp_row());
     publish();
     meet_group(group);
     if (threadIdx.x % GROUP_THREADS == 0) store_rows_of(tile, maps, b, h, first);
@@ -282,7 +277,7 @@ __device__ __forceinline__ void walk(
     hold(dq);
     before();
     begin_products();
-    multiply_rows<QueryLayout, BoxLayout>(dp, upstream, at.group * 64, values, 0, zeros);
+    multiply_rows<QueryLayout, KeyLayout>(dp, upstream, at.group * 64, values, 0, zeros);
     commit_products();
     float log_sum[2], delta[2];
 #pragma unroll
@@ -372,16 +367,17 @@ __device__ __forceinline__ void walk_all(const Arguments &a, const Maps &maps, u
 /// `c (+)= left^T rows`: `left` a panel of 64 rows, `rows` 64 rows of a tile from `row` on.
 template <class LAYOUT>
 __device__ __forceinline__ void multiply_transposed(float (&c)[CHUNKS][4], u32 left, u32 tile, int row, bool add) {
-    const Operand a = panel_operand(left);
-    const ColumnOperand<LAYOUT> b(tile, row);
+    const Operand a = panel_operand(left), panels = panel_operand(tile + row * 128);
+    const Operand rest = chunk_operand(tile + PANELS * LAYOUT::PANEL_BYTES + row * 16, 128, LAYOUT::CHUNK_BYTES);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
 #pragma unroll
-        for (int panel = 0; panel < LAYOUT::PANELS; panel++)
-            Product<8>::shared<1, 1>(part<8>(c, 8 * panel), a.at(k * 2048), b.panel(panel, k), add || k > 0);
-        if constexpr (LAYOUT::CHUNKS > 0)
-            Product<LAYOUT::CHUNKS>::template shared<1, 1>(
-                part<LAYOUT::CHUNKS>(c, CHUNKS - LAYOUT::CHUNKS), a.at(k * 2048), b.rest(k), add || k > 0);
+        for (int panel = 0; panel < PANELS; panel++)
+            Product<8>::shared<1, 1>(
+                part<8>(c, 8 * panel), a.at(k * 2048), panels.at(panel * LAYOUT::PANEL_BYTES + k * 2048), add || k > 0);
+        if constexpr (REST > 0)
+            Product<REST_TILES>::template shared<1, 1>(
+                part<REST_TILES>(c, CHUNKS - REST_TILES), a.at(k * 2048), rest.at(k * 256), add || k > 0);
     }
 }
 
@@ -454,7 +450,7 @@ template <bool keys> struct Ahead {  // of the key group: queries, keys and valu
             wait_barrier(keys_left(shared, stage), key_ring.round - 1);
             expect_bytes(arrived, KEY_STAGE_BYTES);
             copy_rows_of<KeyLayout>(key_tile(shared, stage), 0, maps.key, b, h, block * KEY_BLOCK, arrived);
-            copy_rows_of<BoxLayout>(value_tile(shared, stage), 0, maps.value, b, h, block * KEY_BLOCK, arrived);
+            copy_rows_of<KeyLayout>(value_tile(shared, stage), 0, maps.value, b, h, block * KEY_BLOCK, arrived);
         }
         __syncwarp();
         key_ring.next();

@@ -8,17 +8,17 @@
 // rows of banks, and both parts can lead by rows or by columns. Tiles start at multiples of 1024 bytes.
 
 constexpr int PANELS = HEAD_DIM / 64;
+constexpr int REST = HEAD_DIM % 64 / 8;  // chunks beyond the panels
+// For arrays, which are never empty.
+constexpr int REST_TILES = REST > 0 ? REST : 1, PANEL_COUNT = PANELS > 0 ? PANELS : 1;
 
-/// With PANEL_COUNT below PANELS more of the columns, or all, lie in single chunks. That costs the copy engine more, but a product
-/// whose columns lead then takes them all at once: 8 columns alone take the matrix unit half the time of 64.
-template <int ROW_COUNT, int PANEL_COUNT = PANELS> struct PanelLayout {
-    static constexpr int ROWS = ROW_COUNT, PANELS = PANEL_COUNT;
-    static constexpr int CHUNKS = HEAD_DIM / 8 - 8 * PANELS;  // beyond the panels
+template <int ROW_COUNT> struct PanelLayout {
+    static constexpr int ROWS = ROW_COUNT;
     static constexpr int PANEL_BYTES = ROWS * 128, CHUNK_BYTES = ROWS * 16;
-    static constexpr int BYTES = ROWS * HEAD_DIM * 2, CHUNKS_OFFSET = PANELS * PANEL_BYTES;
+    static constexpr int BYTES = ROWS * HEAD_DIM * 2;
     static __device__ __forceinline__ u32 at(int row, int chunk) {
         if (chunk < 8 * PANELS) return chunk / 8 * PANEL_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16;
-        return CHUNKS_OFFSET + (chunk - 8 * PANELS) * CHUNK_BYTES + row * 16;
+        return PANELS * PANEL_BYTES + (chunk - 8 * PANELS) * CHUNK_BYTES + row * 16;
     }
 };
 
@@ -27,75 +27,51 @@ __device__ __forceinline__ Operand chunk_operand(u32 address, u32 leading, u32 s
     return {place_of(address) | leading >> 4 << 16, stride >> 4};
 }
 
-/// Rows of a tile from `row` on as an operand whose rows lead, 16 columns at a time.
-template <class LAYOUT> struct RowOperand {
-    Operand panels, chunks;
-
-    __device__ __forceinline__ RowOperand(u32 tile, int row)
-        : panels(panel_operand(tile + row * 128)),
-          chunks(chunk_operand(tile + LAYOUT::CHUNKS_OFFSET + row * 16, LAYOUT::CHUNK_BYTES, 128)) {}
-
-    __device__ __forceinline__ u64 at(int depth) const {
-        if (depth < 4 * LAYOUT::PANELS) return panels.at(depth / 4 * LAYOUT::PANEL_BYTES + depth % 4 * 32);
-        return chunks.at((2 * depth - 8 * LAYOUT::PANELS) * LAYOUT::CHUNK_BYTES);
-    }
-};
-
-/// The last of an odd number of chunks, completed by `zeros`, a chunk of zero rows that follows in memory.
-template <class LAYOUT> __device__ __forceinline__ u64 last_chunk(u32 tile, int row, u32 zeros) {
-    const u32 address = tile + LAYOUT::CHUNKS_OFFSET + (LAYOUT::CHUNKS - 1) * LAYOUT::CHUNK_BYTES + row * 16;
-    return chunk_operand(address, zeros - address, 128).at(0);
-}
-
 /// `N` consecutive tiles of results.
 template <int N, int ALL>
 __device__ __forceinline__ float (&part(float (&c)[ALL][4], int first))
     [N][4] { return reinterpret_cast<float (&)[N][4]>(c[first]); }
 
-/// `c = left right^T` over the head dim: rows `left_row..+64` by rows `right_row..+8 N`.
+/// `c = left right^T` over the head dim: rows `left_row..+64` by rows `right_row..+8 N`. `zeros` is a chunk of
+/// zero rows that follows both tiles in memory and completes an odd last chunk.
 template <class LEFT, class RIGHT, int N>
 __device__ __forceinline__
     void multiply_rows(float (&c)[N][4], u32 left, int left_row, u32 right, int right_row, u32 zeros) {
-    const RowOperand<LEFT> x(left, left_row);
-    const RowOperand<RIGHT> y(right, right_row);
+    const Operand x = panel_operand(left + left_row * 128), y = panel_operand(right + right_row * 128);
 #pragma unroll
-    for (int depth = 0; depth < HEAD_DIM / 16; depth++)
-        Product<N>::template shared<0, 0>(c, x.at(depth), y.at(depth), depth > 0);
-    if constexpr (HEAD_DIM % 16 != 0)
+    for (int depth = 0; depth < 4 * PANELS; depth++)
         Product<N>::template shared<0, 0>(
-            c, last_chunk<LEFT>(left, left_row, zeros), last_chunk<RIGHT>(right, right_row, zeros), HEAD_DIM > 16);
-}
-
-/// Rows of a tile from `row` on as an operand whose columns lead, 16 rows at a time.
-template <class LAYOUT> struct ColumnOperand {
-    Operand panels, chunks;
-
-    __device__ __forceinline__ ColumnOperand(u32 tile, int row)
-        : panels(panel_operand(tile + row * 128)),
-          chunks(chunk_operand(tile + LAYOUT::CHUNKS_OFFSET + row * 16, 128, LAYOUT::CHUNK_BYTES)) {}
-
-    /// Of 64 columns.
-    __device__ __forceinline__ u64 panel(int panel, int depth) const {
-        return panels.at(panel * LAYOUT::PANEL_BYTES + depth * 2048);
+            c, x.at(depth / 4 * LEFT::PANEL_BYTES + depth % 4 * 32),
+            y.at(depth / 4 * RIGHT::PANEL_BYTES + depth % 4 * 32), depth > 0);
+    const u32 left_rest = left + PANELS * LEFT::PANEL_BYTES + left_row * 16;
+    const u32 right_rest = right + PANELS * RIGHT::PANEL_BYTES + right_row * 16;
+#pragma unroll
+    for (int chunk = 0; chunk < REST; chunk += 2) {
+        const u32 left_chunk = left_rest + chunk * LEFT::CHUNK_BYTES,
+                  right_chunk = right_rest + chunk * RIGHT::CHUNK_BYTES;
+        const bool whole = chunk + 2 <= REST;
+        const Operand x = chunk_operand(left_chunk, whole ? LEFT::CHUNK_BYTES : zeros - left_chunk, 128);
+        const Operand y = chunk_operand(right_chunk, whole ? RIGHT::CHUNK_BYTES : zeros - right_chunk, 128);
+        Product<N>::template shared<0, 0>(c, x.at(0), y.at(0), PANELS > 0 || chunk > 0);
     }
-    /// Of all columns in single chunks.
-    __device__ __forceinline__ u64 rest(int depth) const { return chunks.at(depth * 256); }
-};
+}
 
 /// `c += a rows`, `a` being `STEPS` fragments side by side: 64 x 16 STEPS times rows of a tile from `row` on, all
 /// columns.
 template <class LAYOUT, int STEPS>
 __device__ __forceinline__ void multiply_columns(
     float (&c)[CHUNKS][4], const u32 (&a)[STEPS][1][4], u32 tile, int row) {
-    const ColumnOperand<LAYOUT> b(tile, row);
+    const Operand panels = panel_operand(tile + row * 128);
+    const Operand rest = chunk_operand(tile + PANELS * LAYOUT::PANEL_BYTES + row * 16, 128, LAYOUT::CHUNK_BYTES);
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
 #pragma unroll
-        for (int panel = 0; panel < LAYOUT::PANELS; panel++)
-            Product<8>::registers<1>(part<8>(c, 8 * panel), a[k][0], b.panel(panel, k), 1);
-        if constexpr (LAYOUT::CHUNKS > 0)
-            Product<LAYOUT::CHUNKS>::template registers<1>(
-                part<LAYOUT::CHUNKS>(c, CHUNKS - LAYOUT::CHUNKS), a[k][0], b.rest(k), 1);
+        for (int panel = 0; panel < PANELS; panel++)
+            Product<8>::registers<1>(
+                part<8>(c, 8 * panel), a[k][0], panels.at(panel * LAYOUT::PANEL_BYTES + k * 16 * 128), 1);
+        if constexpr (REST > 0)
+            Product<REST_TILES>::template registers<1>(
+                part<REST_TILES>(c, CHUNKS - REST_TILES), a[k][0], rest.at(k * 16 * 16), 1);
     }
 }
 
