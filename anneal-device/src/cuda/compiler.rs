@@ -43,13 +43,7 @@ pub struct Variant {
 /// # Errors
 /// If NVRTC is missing or the source does not compile; the compiler's log is in the message.
 pub fn compile(source: &Source, macros: Macros, architecture: &str) -> Result<Vec<u8>, DeviceError> {
-    if Libraries::load().get(Library::Nvrtc).is_none() {
-        return Err(DeviceError::NoLibrary {
-            library: "NVRTC (libnvrtc)",
-            what: "compiling kernels",
-            hint: format!("pip install nvidia-cuda-nvrtc; {}", Libraries::load().searched_text()),
-        });
-    }
+    Libraries::load().require(&[Library::Nvrtc])?;
     let mut options = vec![
         format!("--gpu-architecture={architecture}"),
         "--std=c++17".into(),
