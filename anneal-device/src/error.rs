@@ -7,8 +7,8 @@ pub enum DeviceError {
     UnknownDevice { name: String },
     #[error("no CUDA device can be used: {reason}; {searched}")]
     NoCuda { reason: String, searched: String },
-    #[error("{library} is not installed, which {what} needs: {hint}")]
-    NoLibrary { library: &'static str, what: &'static str, hint: String },
+    #[error("{missing}; {searched}")]
+    NoLibrary { missing: String, searched: String },
     #[error("{call} on {device}: {code}")]
     Cuda { call: &'static str, device: String, code: String },
     #[error("the kernel {kernel} does not compile for {architecture}:\n{log}")]

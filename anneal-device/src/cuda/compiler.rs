@@ -6,6 +6,7 @@
 //! written is not an error: the kernel is compiled again next time.
 
 use std::ffi::{CStr, CString, c_char};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -42,13 +43,7 @@ pub struct Variant {
 /// # Errors
 /// If NVRTC is missing or the source does not compile; the compiler's log is in the message.
 pub fn compile(source: &Source, macros: Macros, architecture: &str) -> Result<Vec<u8>, DeviceError> {
-    if Libraries::load().get(Library::Nvrtc).is_none() {
-        return Err(DeviceError::NoLibrary {
-            library: "NVRTC (libnvrtc)",
-            what: "compiling kernels",
-            hint: format!("pip install nvidia-cuda-nvrtc; {}", Libraries::load().searched_text()),
-        });
-    }
+    Libraries::load().require(&[Library::Nvrtc])?;
     let mut options = vec![
         format!("--gpu-architecture={architecture}"),
         "--std=c++17".into(),
@@ -164,14 +159,32 @@ fn sealed(mut bytes: Vec<u8>) -> Vec<u8> {
 
 /// Best effort, by a rename so that no reader sees half a file.
 pub(crate) fn write_cached(path: &Path, bytes: &[u8]) {
-    let Some(folder) = path.parent() else { return };
+    let _ = publish(path, bytes, |temporary| std::fs::rename(temporary, path));
+}
+
+/// The same unless there is a file already; whether there was. Of processes that write at once one is the first.
+pub(crate) fn write_cached_first(path: &Path, bytes: &[u8]) -> bool {
+    let link = |temporary: &Path| match std::fs::hard_link(temporary, path) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => std::fs::rename(temporary, path),
+        other => other,
+    };
+    publish(path, bytes, link).is_err_and(|error| error.kind() == ErrorKind::AlreadyExists)
+}
+
+/// Writes a whole file beside `path`, for `place` to give it its name.
+fn publish(
+    path: &Path,
+    bytes: &[u8],
+    place: impl FnOnce(&Path) -> std::io::Result<()>,
+) -> std::io::Result<()> {
     static WRITTEN: AtomicUsize = AtomicUsize::new(0);
     let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
     let temporary = path.with_extension(format!("{}-{number}.new", std::process::id()));
-    let written = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&temporary, bytes));
-    if written.and_then(|()| std::fs::rename(&temporary, path)).is_err() {
-        let _ = std::fs::remove_file(&temporary);
-    }
+    std::fs::create_dir_all(path.parent().expect("files of the cache lie in its folders"))?;
+    let placed = std::fs::write(&temporary, bytes).and_then(|()| place(&temporary));
+    // What was renamed is gone; what was linked or refused is not.
+    let _ = std::fs::remove_file(&temporary);
+    placed
 }
 
 #[cfg(test)]

@@ -94,7 +94,8 @@ impl CudaDevice {
                 format!("{} has compute capability {major}.{minor}: 8.0 or newer is needed", properties.name);
             return Err(DeviceError::NoCuda { reason, searched: Libraries::load().searched_text() });
         }
-        Libraries::load().check_required()?;
+        // Every run needs these, beside the driver.
+        Libraries::load().require(&[Library::Nvrtc, Library::CublasLt])?;
         let (mut context, mut stream) = (std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: the driver has started and the device exists.
         unsafe {

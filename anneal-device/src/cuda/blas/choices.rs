@@ -1,13 +1,15 @@
 //! What was measured, in memory and on disk: which of several ways to do the same work is fastest here.
 //!
 //! On disk a choice is a small text file under `matmul` in the cache folder, in a folder named by GPU, its
-//! number of multiprocessors and cuBLASLt's version. A file that cannot be read is measured again.
+//! number of multiprocessors and cuBLASLt's version. A file that cannot be read is measured again. Of processes that
+//! measure the same at once the first is right: the others take its choice, so that all of them compute the same bits,
+//! now and when they are continued.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use super::super::compiler::{cache_folder, write_cached};
+use super::super::compiler::{cache_folder, write_cached, write_cached_first};
 use super::super::driver::Properties;
 use super::super::transfer::Event;
 use super::CudaDevice;
@@ -41,6 +43,23 @@ pub(super) fn parse<T>(text: &str, key: &str, word: impl Fn(&str) -> Option<T>) 
     rest.split(' ').map(word).collect()
 }
 
+fn choice_of(text: &str) -> Option<usize> {
+    let words = parse(text, "choice", |word| word.parse().ok())?;
+    <[usize; 1]>::try_from(words).ok().map(|[choice]| choice)
+}
+
+/// Keeps what was measured here on disk, and returns what is to be used: the choice of a process that was first, if
+/// `parsed` understands its file.
+pub(super) fn keep<T>(path: &Path, own: T, text: &str, parsed: impl Fn(&str) -> Option<T>) -> T {
+    if !write_cached_first(path, text.as_bytes()) {
+        return own;
+    }
+    std::fs::read_to_string(path).ok().and_then(|text| parsed(&text)).unwrap_or_else(|| {
+        write_cached(path, text.as_bytes());
+        own
+    })
+}
+
 impl CudaDevice {
     /// Which of `count` ways to do the same work is fastest on this device: measured where `name` is seen for
     /// the first time, and kept on disk. `run` does the work in one of the ways; it must leave the same result
@@ -67,10 +86,10 @@ impl CudaDevice {
             return Ok(choice);
         }
         let path = path(self.properties(), super::version(), name);
+        let parsed = |text: &str| choice_of(text).filter(|choice| *choice < count);
         let saved = path.as_ref().and_then(|path| std::fs::read_to_string(path).ok());
-        let saved = saved.and_then(|text| parse(&text, "choice", |word| word.parse::<usize>().ok()));
-        let choice = match saved.as_deref() {
-            Some(&[choice]) if choice < count => choice,
+        let choice = match saved.and_then(|text| parsed(&text)) {
+            Some(choice) => choice,
             // A captured step must choose the same again when it is replayed: the first way stays.
             _ if self.in_captured_step() => 0,
             _ => {
@@ -78,10 +97,7 @@ impl CudaDevice {
                 let times = self.time_as_in_a_step(&all, &mut |way| run(way).is_ok())?;
                 // Where every way failed, the caller meets the error; nothing is kept, for it may pass.
                 let Some((choice, _)) = fastest(&times) else { return Ok(0) };
-                if let Some(path) = path {
-                    write_cached(&path, format!("choice {choice}\n").as_bytes());
-                }
-                choice
+                path.map_or(choice, |path| keep(&path, choice, &format!("choice {choice}\n"), parsed))
             }
         };
         let mut known = self.products.choices.known.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -204,12 +220,42 @@ mod tests {
 
     #[test]
     fn files_are_read_as_they_are_written_and_damaged_ones_are_not() {
-        let number = |word: &str| word.parse::<usize>().ok();
-        assert_eq!(parse("choice 3\n", "choice", number), Some(vec![3]));
-        for damaged in ["", "choice 3", "choice\n", "choice x\n", "other 3\n", "choice 3\n\n"] {
-            assert_eq!(parse(damaged, "choice", number), None, "{damaged:?}");
+        assert_eq!(choice_of("choice 3\n"), Some(3));
+        for damaged in ["", "choice 3", "choice\n", "choice x\n", "other 3\n", "choice 3\n\n", "choice 3 4\n"]
+        {
+            assert_eq!(choice_of(damaged), None, "{damaged:?}");
         }
         assert_eq!(fastest(&[None, Some(2.0), Some(1.0), Some(1.0)]), Some((2, 1.0)));
         assert_eq!(fastest(&[None]), None);
+    }
+    #[test]
+    fn of_choices_made_at_once_the_first_is_kept() {
+        let folder = std::env::temp_dir().join(format!("anneal-choices-test-{}", std::process::id()));
+        let settle = |path: &Path, own: usize| keep(path, own, &format!("choice {own}\n"), choice_of);
+        for round in 0..50 {
+            let path = folder.join(format!("round-{round}"));
+            let start = std::sync::Barrier::new(8);
+            let used: Vec<usize> = std::thread::scope(|scope| {
+                let process = |own| {
+                    let (start, path) = (&start, &path);
+                    scope.spawn(move || {
+                        start.wait();
+                        settle(path, own)
+                    })
+                };
+                let all: Vec<_> = (0..8).map(process).collect();
+                all.into_iter().map(|process| process.join().unwrap()).collect()
+            });
+            let kept = choice_of(&std::fs::read_to_string(&path).unwrap()).unwrap();
+            assert_eq!(used, [kept; 8]);
+            assert_eq!(settle(&path, 9), kept);
+            // A damaged file is no choice.
+            std::fs::write(&path, "choice").unwrap();
+            assert_eq!((settle(&path, 9), settle(&path, 1)), (9, 9));
+            // Where nothing can be written, what was measured is used.
+            assert_eq!(settle(&path.join("below-a-file"), 5), 5);
+        }
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 50, "something temporary was left");
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 }

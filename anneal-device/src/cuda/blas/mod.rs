@@ -206,14 +206,7 @@ impl CudaDevice {
         if let Some(engine) = self.products.engine.get() {
             return Ok(engine);
         }
-        let libraries = Libraries::load();
-        if libraries.get(Library::CublasLt).is_none() {
-            return Err(DeviceError::NoLibrary {
-                library: "cuBLASLt (libcublasLt)",
-                what: "multiplying matrices on a GPU",
-                hint: format!("pip install nvidia-cublas; {}", libraries.searched_text()),
-            });
-        }
+        Libraries::load().require(&[Library::CublasLt])?;
         self.bind()?;
         let handle = Handle::new(self.ordinal())?;
         let workspace = self.allocate(WORKSPACE, Purpose::Workspace)?;

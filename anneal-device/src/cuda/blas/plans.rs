@@ -3,8 +3,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use super::super::compiler::write_cached;
-use super::choices::{fastest, parse, path};
+use super::choices::{fastest, keep, parse, path};
 use super::library::{Algorithm, Description};
 use super::problem::Problem;
 use super::{CudaDevice, Engine, Operand, Product, WORKSPACE, version};
@@ -118,7 +117,13 @@ impl Plan {
         };
         let Some(best) = quickest(device, candidates.len(), &mut run)? else { return Ok(()) };
         self.algorithm = candidates[best];
-        write(device, problem, &self.algorithm);
+        if let Some(path) = path(device.properties(), version(), &problem.name()) {
+            let accepted = |text: &str| {
+                let taken = |other: &Algorithm| description.accepts(&engine.handle, other, WORKSPACE);
+                algorithm_of(text).filter(taken)
+            };
+            self.algorithm = keep(&path, self.algorithm, &text_of(&self.algorithm), accepted);
+        }
         Ok(())
     }
 
@@ -168,12 +173,6 @@ fn affordable(first: Option<f32>, count: usize) -> usize {
 fn read(device: &CudaDevice, problem: &Problem) -> Option<Algorithm> {
     let text = std::fs::read_to_string(path(device.properties(), version(), &problem.name())?).ok()?;
     algorithm_of(&text)
-}
-
-fn write(device: &CudaDevice, problem: &Problem, algorithm: &Algorithm) {
-    if let Some(path) = path(device.properties(), version(), &problem.name()) {
-        write_cached(&path, text_of(algorithm).as_bytes());
-    }
 }
 
 fn text_of(algorithm: &Algorithm) -> String {

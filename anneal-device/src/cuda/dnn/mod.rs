@@ -153,11 +153,8 @@ impl CudaDevice {
         if let Some(known) = state.plans.get(key) {
             return known.clone().map_err(|code| refused(&code));
         }
-        let version = dnn_version().ok_or_else(|| DeviceError::NoLibrary {
-            library: "cuDNN (libcudnn)",
-            what: "this choice of attention",
-            hint: format!("{}; {}", Library::Cudnn.hint(), Libraries::load().searched_text()),
-        })?;
+        Libraries::load().require(&[Library::Cudnn])?;
+        let version = dnn_version().expect("the library is there");
         let made = match key.unsupported(version) {
             Some(reason) => Err(reason),
             None => {

@@ -1,9 +1,10 @@
-// target[i] = source[i] for any strides on either side, in words of BYTES bytes.
+// target[i] = source[i] for any strides on either side, in words of BYTES bytes; of up to PIECES pairs at once.
 //
-// source, target: SIZE bytes an element; walk: sizes, and strides of source and target in elements, with a word's
-// elements as one element of the innermost dimension; count words. The widest word is used whose
-// elements are neighbours and aligned on both sides.
-// Any grid; a thread has several loads under way before it stores. Deterministic; the sides do not overlap.
+// A piece: source and target, SIZE bytes an element (without a source the target becomes zeros); its count of words;
+// walk: sizes, and strides of source and target in elements, with a word's elements as one element of the innermost
+// dimension. The widest word is used whose elements are neighbours and aligned on both sides of every piece.
+// Grid: any number of blocks, and in y the number of pieces; a thread has several loads under way before it stores.
+// Deterministic; no target overlaps another or a source.
 
 #if BYTES == 16
 struct alignas(16) Word {
@@ -21,9 +22,22 @@ typedef u8 Word;
 
 #define AHEAD 4
 
-extern "C" __global__ void __launch_bounds__(256)
-    copy_strided(const u8 *__restrict__ source, u8 *__restrict__ target, Walk<2> walk, u64 count) {
-    INDEX stride = gridDim.x * blockDim.x, total = INDEX(count);
+struct Piece {
+    const u8 *source;
+    u8 *target;
+    u64 count;
+    Walk<2> walk;
+};
+
+struct Pieces {
+    Piece list[PIECES];
+};
+
+extern "C" __global__ void __launch_bounds__(256) copy_strided(const __grid_constant__ Pieces pieces) {
+    const Piece &piece = pieces.list[PIECES == 1 ? 0 : blockIdx.y];
+    const u8 *__restrict__ source = piece.source;
+    u8 *__restrict__ target = piece.target;
+    INDEX stride = gridDim.x * blockDim.x, total = INDEX(piece.count);
     for (INDEX first = blockIdx.x * blockDim.x + threadIdx.x; first < total; first += AHEAD * stride) {
         Word words[AHEAD];
         INDEX offsets[AHEAD][2];
@@ -31,8 +45,9 @@ extern "C" __global__ void __launch_bounds__(256)
         for (int ahead = 0; ahead < AHEAD; ++ahead) {
             INDEX position = first + ahead * stride;
             if (position >= total) break;
-            starts(walk, position, offsets[ahead]);
-            words[ahead] = *reinterpret_cast<const Word *>(source + u64(offsets[ahead][0]) * SIZE);
+            starts(piece.walk, position, offsets[ahead]);
+            words[ahead] = Word{};
+            if (source) words[ahead] = *reinterpret_cast<const Word *>(source + u64(offsets[ahead][0]) * SIZE);
         }
 #pragma unroll
         for (int ahead = 0; ahead < AHEAD; ++ahead) {

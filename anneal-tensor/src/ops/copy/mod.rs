@@ -27,6 +27,33 @@ pub(crate) fn strided(source: &Tensor, target: &Tensor) -> Result<()> {
     Ok(())
 }
 
+/// A view to fill with the values of another of the same sizes and dtype, or with zeros.
+pub(crate) struct Piece {
+    pub source: Option<Tensor>,
+    pub target: Tensor,
+}
+
+/// Fills views of one tensor, on a GPU in one launch for up to 8 of them. They do not overlap; the caller alone writes
+/// their memory.
+///
+/// # Panics
+/// If sizes or dtypes of a pair differ.
+pub(crate) fn pieces(pieces: &[Piece]) -> Result<()> {
+    let Some(first) = pieces.first() else { return Ok(()) };
+    for Piece { source, target } in pieces {
+        assert!(source.as_ref().is_none_or(|source| source.dims() == target.dims()));
+        assert!(source.as_ref().unwrap_or(target).dtype() == first.target.dtype());
+    }
+    let Device::Cuda(cuda) = first.target.device() else {
+        let zero = Tensor::zeros(first.target.device(), &[1], first.target.dtype())?;
+        return pieces.iter().try_for_each(|Piece { source, target }| {
+            let zeros = || zero.view(0, target.dims(), &vec![0; target.rank()]);
+            strided(source.as_ref().unwrap_or(&zeros()), target)
+        });
+    };
+    cuda::pieces(cuda, pieces)
+}
+
 /// Writes `values` into the memory of `target`, which belongs to a store.
 ///
 /// # Errors

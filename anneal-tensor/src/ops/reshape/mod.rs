@@ -5,6 +5,7 @@
 use crate::shape::reshape_strides;
 use crate::{BackwardPass, Dims, Op, Outputs, Result, Saver, Tensor, TensorError, apply, dims};
 
+use super::copy::{self, Piece};
 use super::{only, single};
 
 /// The same elements under other sizes; a copy only if the strides demand one.
@@ -128,10 +129,40 @@ impl Op for Narrow {
 
     fn backward(&self, pass: &mut BackwardPass) -> Result<()> {
         let gradient = pass.only_gradient();
-        let whole = Tensor::zeros(gradient.device(), &self.from, gradient.dtype())?;
-        super::copy::strided(&gradient, &self.view(&whole))?;
+        let rest = self.from[self.axis] - self.start - self.len;
+        let whole =
+            joined(&self.from, self.axis, [(self.start, None), (self.len, Some(gradient)), (rest, None)])?;
         pass.give(0, whole)
     }
+}
+
+/// A contiguous tensor of these sizes whose ranges along a dimension, one after the other, are the pieces; a missing
+/// one is zeros.
+///
+/// # Panics
+/// If all are missing.
+fn joined(
+    sizes: &[usize],
+    axis: usize,
+    pieces: impl IntoIterator<Item = (usize, Option<Tensor>)>,
+) -> Result<Tensor> {
+    let (lens, sources): (Dims, Vec<Option<Tensor>>) = pieces.into_iter().unzip();
+    let present = sources.iter().flatten().next().expect("there is a piece");
+    let whole = Tensor::empty(present.device(), sizes, present.dtype())?;
+    let targets = parts(&whole, axis, &lens);
+    let pieces: Vec<Piece> =
+        sources.into_iter().zip(targets).map(|(source, target)| Piece { source, target }).collect();
+    copy::pieces(&pieces)?;
+    Ok(whole)
+}
+
+/// Views of ranges of a dimension, one after the other.
+fn parts(whole: &Tensor, axis: usize, lens: &[usize]) -> impl Iterator<Item = Tensor> {
+    lens.iter().scan(0, move |start, &len| {
+        let part = Narrow { axis, start: *start, len, from: Dims::new() }.view(whole);
+        *start += len;
+        Some(part)
+    })
 }
 
 /// Tensors joined along one dimension, in a new contiguous tensor.
@@ -166,25 +197,15 @@ impl Op for Concat {
         }
         let mut sizes = dims(inputs[0].dims());
         sizes[self.axis] = self.lens.iter().sum();
-        let whole = Tensor::empty(inputs[0].device(), &sizes, inputs[0].dtype())?;
-        let mut start = 0;
-        for (input, &len) in inputs.iter().zip(&self.lens) {
-            let part = Narrow { axis: self.axis, start, len, from: Dims::new() };
-            super::copy::strided(input, &part.view(&whole))?;
-            start += len;
-        }
-        Ok(single(whole))
+        let pieces = self.lens.iter().zip(inputs).map(|(len, input)| (*len, Some((*input).clone())));
+        joined(&sizes, self.axis, pieces).map(single)
     }
 
     fn backward(&self, pass: &mut BackwardPass) -> Result<()> {
         let gradient = pass.only_gradient();
-        let mut start = 0;
-        for (index, &len) in self.lens.iter().enumerate() {
-            let part = Narrow { axis: self.axis, start, len, from: Dims::new() };
-            pass.give(index, part.view(&gradient))?;
-            start += len;
-        }
-        Ok(())
+        parts(&gradient, self.axis, &self.lens)
+            .enumerate()
+            .try_for_each(|(index, part)| pass.give(index, part))
     }
 }
 
@@ -206,37 +227,18 @@ struct Split {
     from: Dims,
 }
 
-impl Split {
-    fn parts(&self, whole: &Tensor) -> impl Iterator<Item = Tensor> {
-        self.lens.iter().scan(0, |start, &len| {
-            let part = Narrow { axis: self.axis, start: *start, len, from: Dims::new() }.view(whole);
-            *start += len;
-            Some(part)
-        })
-    }
-}
-
 impl Op for Split {
     fn name(&self) -> &'static str {
         "split"
     }
 
     fn forward(&self, inputs: &[&Tensor], _saver: &mut Saver) -> Result<Outputs> {
-        Ok(self.parts(inputs[0]).collect())
+        Ok(parts(inputs[0], self.axis, &self.lens).collect())
     }
 
     fn backward(&self, pass: &mut BackwardPass) -> Result<()> {
-        let gradients: Vec<Option<Tensor>> =
-            (0..self.lens.len()).map(|part| pass.take_gradient(part)).collect();
-        let present = gradients.iter().flatten().next().expect("a node runs only if a gradient reached it");
-        let all = gradients.iter().all(Option::is_some);
-        let make = if all { Tensor::empty } else { Tensor::zeros };
-        let whole = make(present.device(), &self.from, present.dtype())?;
-        for (part, gradient) in self.parts(&whole).zip(&gradients) {
-            if let Some(gradient) = gradient {
-                super::copy::strided(gradient, &part)?;
-            }
-        }
-        pass.give(0, whole)
+        let gradients: Vec<_> =
+            self.lens.iter().enumerate().map(|(index, len)| (*len, pass.take_gradient(index))).collect();
+        pass.give(0, joined(&self.from, self.axis, gradients)?)
     }
 }

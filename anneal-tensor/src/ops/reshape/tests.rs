@@ -66,6 +66,92 @@ fn narrow_and_split_take_ranges_and_concat_joins_them() {
     );
 }
 
+/// Few and many pieces along every dimension, of odd sizes, of whole words and of none; some reach no loss.
+#[test]
+fn gradients_of_a_split_are_put_together_with_zeros_for_what_is_missing() {
+    let cases: [(&[usize], usize, &[usize], &[usize]); 7] = [
+        (&[3, 96], 1, &[16; 6], &[0, 1, 2, 3, 4, 5]),
+        (&[3, 96], 1, &[16; 6], &[1, 4]),
+        (&[2, 21, 3], 1, &[1, 2, 3, 4, 0, 5, 1, 1, 3, 1], &[9, 0, 3, 4, 7]),
+        (&[2, 21, 3], 1, &[1, 2, 3, 4, 0, 5, 1, 1, 3, 1], &[2]),
+        (&[2, 5, 8], 2, &[4, 2, 2], &[2, 0]),
+        (&[7, 3], 0, &[2, 4, 1], &[0, 1, 2]),
+        (&[7, 8], 0, &[2, 4, 1], &[1]),
+    ];
+    for (number, (dims, axis, lens, used)) in cases.into_iter().enumerate() {
+        let part = |x: &Array, index: usize| {
+            let start: usize = lens[..index].iter().sum();
+            let mut size = dims.to_vec();
+            size[axis] = lens[index];
+            picked(x, &size, |i| (0..dims.len()).map(|k| i[k] + if k == axis { start } else { 0 }).collect())
+        };
+        check_op(
+            &format!("split, case {number}"),
+            &[Array::normal(20 + number as u64, dims)],
+            |t| {
+                let pieces = ops::split(&t[0], axis, lens)?;
+                Ok(used.iter().map(|index| pieces[*index].clone()).collect())
+            },
+            |x| used.iter().map(|index| part(&x[0], *index)).collect(),
+        );
+    }
+}
+
+/// Cut at places of every alignment and joined again, from memory in order and out of it.
+#[test]
+fn what_is_cut_and_joined_is_whole_in_every_dtype() {
+    fn check<T: Element + PartialEq + std::fmt::Debug>(device: &Device, value: impl Fn(usize) -> T) {
+        let sizes = [5, 6, 48];
+        let values: Vec<T> = (0..5 * 6 * 48).map(value).collect();
+        let whole = Tensor::from_slice(device, &values, &sizes).unwrap();
+        let turned = ops::permute(&whole, &[2, 0, 1]).unwrap().contiguous().unwrap();
+        let turned = ops::permute(&turned, &[1, 2, 0]).unwrap();
+        let cuts: [(usize, &[usize]); 6] = [
+            (2, &[16, 16, 16]),
+            (2, &[8, 4, 4, 2, 1, 1, 12, 16]),
+            (2, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 3]),
+            (1, &[1, 2, 3]),
+            (0, &[2, 3]),
+            (0, &[5]),
+        ];
+        for (axis, lens) in cuts {
+            let [straight, crossed] = [&whole, &turned].map(|x| ops::split(x, axis, lens).unwrap());
+            let mixed = straight.iter().zip(&crossed).enumerate();
+            let mixed = mixed.map(|(index, (a, b))| if index % 2 == 0 { a } else { b }).collect();
+            for pieces in [straight.iter().collect(), crossed.iter().collect(), mixed] {
+                let pieces: Vec<&Tensor> = pieces;
+                let joined = ops::concat(&pieces, axis).unwrap();
+                assert_eq!(joined.to_vec::<T>().unwrap(), values, "{lens:?} along dimension {axis}");
+            }
+        }
+    }
+    on_every_device("cutting and joining", |device| {
+        check(device, |place| place as f32);
+        check(device, |place| place as i64);
+        check(device, |place| place as u8);
+        check(device, |place| anneal_tensor::half::f16::from_f32(place as f32));
+        check(device, |place| anneal_tensor::half::bf16::from_f32(place as f32));
+    });
+}
+
+#[test]
+fn the_gradient_of_a_split_is_one_launch() {
+    on_every_device("launches of a split", |device| {
+        let Device::Cuda(cuda) = device else { return };
+        let tape = anneal_tensor::Tape::new();
+        let x = tape.variable(&Tensor::full(device, 1.0, &[4, 96]).unwrap());
+        let pieces = ops::split(&x, 1, &[16; 6]).unwrap();
+        let seed = Tensor::full(device, 2.0, &[4, 16]).unwrap();
+        let seeds = pieces.iter().take(5).map(|piece| (piece.clone(), seed.clone())).collect();
+        let before = cuda.launches();
+        tape.backward_from(seeds).unwrap();
+        assert_eq!(cuda.launches() - before, 1);
+        let gradient = tape.take_gradient(&x).unwrap().to_vec::<f32>().unwrap();
+        let expected = |place: usize| if place % 96 < 80 { 2.0 } else { 0.0 };
+        assert!(gradient.iter().enumerate().all(|(place, value)| *value == expected(place)));
+    });
+}
+
 #[test]
 fn shapes_that_do_not_fit_are_named() {
     let x = Tensor::zeros(&Device::cpu(Some(1), None), &[2, 3], anneal_tensor::DType::F32).unwrap();
