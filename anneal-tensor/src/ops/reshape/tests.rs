@@ -66,10 +66,13 @@ fn narrow_and_split_take_ranges_and_concat_joins_them() {
     );
 }
 
+/// Sizes, the dimension that is cut, lengths of the pieces and those that are used.
+type Cut = (&'static [usize], usize, &'static [usize], &'static [usize]);
+
 /// Few and many pieces along every dimension, of odd sizes, of whole words and of none; some reach no loss.
 #[test]
 fn gradients_of_a_split_are_put_together_with_zeros_for_what_is_missing() {
-    let cases: [(&[usize], usize, &[usize], &[usize]); 7] = [
+    let cases: [Cut; 7] = [
         (&[3, 96], 1, &[16; 6], &[0, 1, 2, 3, 4, 5]),
         (&[3, 96], 1, &[16; 6], &[1, 4]),
         (&[2, 21, 3], 1, &[1, 2, 3, 4, 0, 5, 1, 1, 3, 1], &[9, 0, 3, 4, 7]),

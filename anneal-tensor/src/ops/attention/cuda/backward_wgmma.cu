@@ -381,8 +381,9 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[CHUNKS][4], u32 l
     }
 }
 
-/// What is requested ahead of the work on it, by one thread of each group.
-template <bool keys> struct Ahead {  // of the key group: queries, keys and values; of the other: do with o
+/// What one thread of each group requests ahead of the work on it: of the key group queries, keys and values, of the other do
+/// with o.
+template <bool keys> struct Ahead {
     u32 shared;
     Visit of_queries, of_keys;
     int m = 0, block = 0;

@@ -43,9 +43,8 @@ pub(super) fn backward(
     let parts = geometry::parts(blocks, batch * heads, multiprocessors);
     let sums = [2, parts, batch, heads, keys, dim];
     let device = saved.output.device();
-    let partial = (blocks > 1)
-        .then(|| Tensor::empty_for(device, &sums, DType::F32, Purpose::Workspace))
-        .transpose()?;
+    let partial =
+        (blocks > 1).then(|| Tensor::empty_for(device, &sums, DType::F32, Purpose::Workspace)).transpose()?;
     parameters.parts = parts as i32;
     parameters.partial = partial.as_ref().map_or(std::ptr::null_mut(), Tensor::address);
 
