@@ -1,6 +1,7 @@
 //! Memory, transfers, kernels and captured steps of a GPU; skipped aloud where there is none.
 
-use std::sync::Arc;
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use anneal_device::cuda::{Arguments, Launch, Source};
 use anneal_device::{Buffer, CudaDevice, Device, DeviceError, Purpose};
@@ -15,9 +16,26 @@ extern "C" __global__ void multiply_add(const float *x, const float *factor, flo
 "#,
 };
 
-fn device(test: &str) -> Option<Arc<CudaDevice>> {
+/// A device for as long as this lives, and no other in this process: what another thread asks the driver for may end
+/// a capture that is under way.
+struct Turn {
+    cuda: Arc<CudaDevice>,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Deref for Turn {
+    type Target = Arc<CudaDevice>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.cuda
+    }
+}
+
+fn device(test: &str) -> Option<Turn> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     match Device::cuda(0, None) {
-        Ok(Device::Cuda(cuda)) => Some(cuda),
+        Ok(Device::Cuda(cuda)) => Some(Turn { cuda, _turn: turn }),
         Ok(Device::Cpu(_)) => unreachable!("a CUDA device was asked for"),
         Err(error) => {
             assert!(std::env::var_os("ANNEAL_REQUIRE_CUDA").is_none(), "{error}");
