@@ -64,7 +64,8 @@ pub struct Quickstart {
 /// The recipe is a YAML file; any of its keys can be changed on the command line. The resolved
 /// recipe, checkpoints, metrics (JSON lines and TensorBoard), plots and sample grids go to the
 /// run folder. If that holds checkpoints, training continues from the newest whole one, and ends
-/// with the same bits as if it had never stopped. Ctrl-C saves a checkpoint and stops.
+/// with the same bits as if it had never stopped. Ctrl-C saves a checkpoint and stops,
+/// also while samples are drawn: those are drawn when the run goes on.
 #[derive(Debug, Args)]
 #[command(
     override_usage = "anneal train [OPTIONS] <RECIPE> [KEY=VALUE]...",
@@ -77,6 +78,16 @@ pub struct Quickstart {
 pub struct Train {
     /// Recipe file
     pub recipe: PathBuf,
+    #[command(flatten)]
+    pub run: RunArguments,
+    /// Print the plan (model, data, memory, steps) and stop before training
+    #[arg(long)]
+    pub plan: bool,
+}
+
+// What `train` and `resume` have in common. No doc comment: clap would show it as theirs.
+#[derive(Debug, Args)]
+pub struct RunArguments {
     /// Changes to the recipe, as dotted keys
     #[arg(value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
@@ -89,9 +100,6 @@ pub struct Train {
     /// Most memory of the device to use, such as 8GiB
     #[arg(long, value_name = "SIZE")]
     pub memory_limit: Option<ByteSize>,
-    /// Print the plan (model, data, memory, steps) and stop before training
-    #[arg(long)]
-    pub plan: bool,
     /// No progress bar
     #[arg(long, short)]
     pub quiet: bool,
@@ -99,23 +107,23 @@ pub struct Train {
 
 /// Continue a run from its folder alone.
 ///
-/// Uses the recipe saved in the folder; keys given here change it, for example to train longer.
+/// Uses the recipe saved in the folder; flags and keys given here change it, for example to train
+/// longer or on another device, and are kept. Other devices go on with the same state; a CPU's bits
+/// do not depend on its number of threads, a GPU's differ from them in rounding.
 #[derive(Debug, Args)]
 #[command(
     override_usage = "anneal resume [OPTIONS] <RUN> [KEY=VALUE]...",
     after_help = "Examples:
   anneal resume runs/digits
-  anneal resume runs/digits train.steps=3000"
+  anneal resume runs/digits --steps 3000
+  anneal resume runs/digits --device cuda optim.lr=2e-4"
 )]
 pub struct Resume {
     /// Run folder
-    pub run: PathBuf,
-    /// Changes to the recipe, as dotted keys
-    #[arg(value_name = "KEY=VALUE")]
-    pub overrides: Vec<String>,
-    /// No progress bar
-    #[arg(long, short)]
-    pub quiet: bool,
+    #[arg(value_name = "RUN")]
+    pub folder: PathBuf,
+    #[command(flatten)]
+    pub run: RunArguments,
 }
 
 /// Draw samples from a run, a checkpoint or weights.

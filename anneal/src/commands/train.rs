@@ -17,7 +17,7 @@ use anneal_train::settings;
 use anyhow::{Context, Result, bail};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use crate::cli::{Precision, Quickstart, Resume, Train};
+use crate::cli::{Precision, Quickstart, Resume, RunArguments, Train};
 use crate::commands::sample::{self, Drawing};
 use crate::sampling::{self, SamplingSettings};
 use crate::source::{self, Opening};
@@ -28,17 +28,22 @@ const DIGITS: &str = include_str!("../../../recipes/digits.yaml");
 const QUICKSTART_SAMPLES: usize = 100;
 
 pub fn train(arguments: &Train) -> Result<ExitCode> {
-    let mut overrides = arguments.overrides.clone();
-    overrides.extend(arguments.device.as_deref().map(on_device));
-    overrides.extend(arguments.steps.map(|steps| format!("train.steps={steps}")));
-    let mut recipe = Recipe::load(&arguments.recipe, &overrides)?;
-    recipe.memory_limit = arguments.memory_limit.or(recipe.memory_limit);
+    let mut recipe = Recipe::load(&arguments.recipe, &changes(&arguments.run))?;
+    recipe.memory_limit = arguments.run.memory_limit.or(recipe.memory_limit);
     if arguments.plan {
         return plan(&recipe);
     }
-    let (report, code) = run_recipe(&recipe, arguments.quiet, false)?;
+    let (report, code) = run_recipe(&recipe, arguments.run.quiet, false)?;
     print_report(&recipe, &report);
     Ok(code)
+}
+
+/// The changes of a recipe: those given as keys, then those that flags stand for.
+fn changes(arguments: &RunArguments) -> Vec<String> {
+    let mut changes = arguments.overrides.clone();
+    changes.extend(arguments.device.as_deref().map(on_device));
+    changes.extend(arguments.steps.map(|steps| format!("train.steps={steps}")));
+    changes
 }
 
 /// The change of a recipe that a flag `--device` stands for.
@@ -62,14 +67,16 @@ fn plan(recipe: &Recipe) -> Result<ExitCode> {
 }
 
 pub fn resume(arguments: &Resume) -> Result<ExitCode> {
-    let path = run::recipe_path(&arguments.run);
+    let path = run::recipe_path(&arguments.folder);
     if !path.is_file() {
-        bail!("{} is no run folder: it has no recipe.yaml", arguments.run.display());
+        bail!("{} is no run folder: it has no recipe.yaml", arguments.folder.display());
     }
-    let mut overrides = arguments.overrides.clone();
-    overrides.push(format!("output={}", serde_json::to_string(&arguments.run)?));
-    let recipe = Recipe::load(&path, &overrides)?;
-    let (report, code) = run_recipe(&recipe, arguments.quiet, !arguments.overrides.is_empty())?;
+    let mut overrides = changes(&arguments.run);
+    let changed_recipe = !overrides.is_empty();
+    overrides.push(format!("output={}", serde_json::to_string(&arguments.folder)?));
+    let mut recipe = Recipe::load(&path, &overrides)?;
+    recipe.memory_limit = arguments.run.memory_limit.or(recipe.memory_limit);
+    let (report, code) = run_recipe(&recipe, arguments.run.quiet, changed_recipe)?;
     print_report(&recipe, &report);
     Ok(code)
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::harness::{Folder, Outcome};
+use crate::resume::assert_same_checkpoint;
 
 const COMMANDS: [&str; 10] = [
     "quickstart",
@@ -61,6 +62,32 @@ fn flags_of_train_stand_for_keys_of_the_recipe() {
     assert!(recipe.contains("device: cpu:2") && recipe.contains("steps: 4"), "{recipe}");
     folder.train("run", &["--device", "gpu"]).fails(&["gpu"]);
     folder.train("run", &["--steps", "0"]).fails(&["train.steps is 0"]);
+}
+
+/// They are kept, as keys are, so that the next `resume` needs none.
+#[test]
+fn flags_of_resume_stand_for_keys_of_the_recipe() {
+    let folder = Folder::new();
+    let constant = "optim.schedule=constant";
+    folder.train("whole", &["train.steps=12", constant]).succeeds(&["trained 12 steps"]);
+    folder.train("run", &["--device", "cpu:2", constant]).succeeds(&["trained 6 steps"]);
+    for (flag, value, words) in [
+        ("--device", "gpu", "gpu"),
+        ("--steps", "0", "train.steps is 0"),
+        ("--memory-limit", "1KiB", "the memory limit is reached"),
+    ] {
+        folder.anneal(&["resume", "run", "--quiet", "train.steps=12", flag, value]).fails(&[words]);
+    }
+    let flags = ["--device", "cpu:1", "--steps", "12", "--memory-limit", "1GiB"];
+    folder
+        .anneal(&[&["resume", "run", "--quiet"], &flags[..]].concat())
+        .succeeds(&["6 more steps, 12 in all"]);
+    let recipe = folder.text("run/recipe.yaml");
+    for kept in ["device: cpu:1", "steps: 12", "memory_limit: 1GiB"] {
+        assert!(recipe.contains(kept), "{kept} is missing in {recipe}");
+    }
+    assert_same_checkpoint(&folder, "whole", "run", 12);
+    folder.anneal(&["resume", "run", "--quiet"]).succeeds(&["already complete at step 12"]);
 }
 
 /// The examples are commands that the parser takes: only files may be missing.
