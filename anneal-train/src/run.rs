@@ -3,6 +3,7 @@
 //! A run folder holds `recipe.yaml` (resolved), `plan.txt`, `checkpoints/`, `metrics.jsonl`, TensorBoard
 //! events, `loss.png` and `samples/`. It has one writer. Running the same recipe again continues it.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,17 +37,17 @@ pub struct PreviewImages {
     pub warnings: Vec<String>,
 }
 
-/// Told how many of all parts of the samples' work are done.
-pub type DrawingProgress<'a> = dyn FnMut(usize, usize) + 'a;
+/// Told how many of all parts of the samples' work are done; may stop it.
+pub type DrawingProgress<'a> = dyn FnMut(usize, usize) -> ControlFlow<()> + 'a;
 
-/// Draws samples from weights; given by the caller, since this crate does not sample.
+/// Draws samples from weights; given by the caller, since this crate does not sample. None if the progress stopped it.
 pub type Preview<'a> =
-    dyn Fn(Arc<dyn ParamStore>, &mut DrawingProgress<'_>) -> Result<PreviewImages, String> + 'a;
+    dyn Fn(Arc<dyn ParamStore>, &mut DrawingProgress<'_>) -> Result<Option<PreviewImages>, String> + 'a;
 
 /// How a run is started.
 pub struct RunOptions<'a> {
     pub show: Show,
-    /// Set by a signal: the run saves a checkpoint and returns.
+    /// Set by a signal: the run stops drawing samples, saves a checkpoint and returns.
     pub stop: Arc<AtomicBool>,
     pub preview: &'a Preview<'a>,
     /// Whether the recipe may differ from the checkpoint's in what it trains.
@@ -60,13 +61,25 @@ pub struct RunReport {
     pub steps: u64,
     /// Those of `steps` that earlier starts had done.
     pub steps_before: u64,
-    /// Stopped before the recipe's last step.
+    /// Stopped before the recipe's last step, or before the samples due were drawn.
     pub stopped: bool,
+    pub samples: SamplesReport,
     pub last_loss: Option<f64>,
     /// Time in steps since this start, without saving and drawing.
     pub training: Duration,
     pub images_per_second: f64,
     pub peak_memory: usize,
+}
+
+/// What became of samples that a stop had come before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SamplesReport {
+    /// There were none.
+    Drawn,
+    /// Those of the last step are left to the next start.
+    Left,
+    /// This start has drawn those that an earlier one had left.
+    MadeUp,
 }
 
 /// Trains a recipe to its end, from the run folder's newest whole checkpoint if there is one.
@@ -101,6 +114,7 @@ struct Run<'a> {
     progress: TrainProgress,
     first_step: u64,
     saved_step: Option<u64>,
+    samples: SamplesReport,
     /// Seconds of steps since this start, and in the present logging interval with its images.
     training_seconds: f64,
     interval: (f64, usize),
@@ -139,6 +153,7 @@ impl<'a> Run<'a> {
             progress,
             first_step: step,
             saved_step,
+            samples: SamplesReport::Drawn,
             training_seconds: 0.0,
             interval: (0.0, 0),
             last: None,
@@ -148,6 +163,10 @@ impl<'a> Run<'a> {
     fn train(&mut self) -> Result<()> {
         let recipe = self.trainer.recipe().clone();
         let total = recipe.train.steps as u64;
+        if self.lacks_samples() {
+            self.samples = SamplesReport::MadeUp;
+            self.draw()?;
+        }
         while self.trainer.steps_done() < total && !self.stopping() {
             self.take_from(Trainer::step)?;
             let step = self.trainer.steps_done();
@@ -165,10 +184,22 @@ impl<'a> Run<'a> {
             self.save()?;
         }
         self.plot()?;
-        if !self.stopping() && self.last.is_some() && recipe.sample.every > 0 {
+        if self.trainer.steps_done() == total && self.last.is_some() && recipe.sample.every > 0 {
             self.draw()?;
         }
         Ok(())
+    }
+
+    /// Whether an earlier start ended before it had drawn the samples of the step that this one goes on from.
+    fn lacks_samples(&self) -> bool {
+        let (step, recipe) = (self.first_step, self.trainer.recipe());
+        let every = recipe.sample.every;
+        let due = is_due(step, every) || every > 0 && step == recipe.train.steps as u64;
+        step > 0 && due && !self.samples_file(step).exists()
+    }
+
+    fn samples_file(&self, step: u64) -> PathBuf {
+        self.folder.join("samples").join(format!("step-{step:08}.png"))
     }
 
     /// Waits for the steps that are under way.
@@ -291,23 +322,36 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
+    /// Draws samples, or leaves them to the next start if the run is to stop. They have seeds of their own and change
+    /// nothing that is trained, so that steps have the same bits whenever samples are drawn.
     fn draw(&mut self) -> Result<()> {
+        if self.stopping() {
+            self.samples = SamplesReport::Left;
+            return Ok(());
+        }
         let step = self.trainer.steps_done();
         self.progress.begin_drawing();
         let rate = sampling_rate(self.trainer.recipe());
         self.trainer.release_captured_step();
         let store = self.trainer.sampling_store(rate)?;
         let progress = &self.progress;
-        let images = (self.options.preview)(store, &mut |done, all| progress.drawing(done, all))
-            .map_err(TrainError::Preview)?;
+        let mut report = |done, all| {
+            progress.drawing(done, all);
+            if self.stopping() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let images = (self.options.preview)(store, &mut report).map_err(TrainError::Preview)?;
+        let Some(images) = images else {
+            self.samples = SamplesReport::Left;
+            return Ok(());
+        };
         for warning in &images.warnings {
             progress.screen().suspend(|| eprintln!("warning: {warning}"));
         }
         let picture = picture(&images)?;
-        let samples = self.folder.join("samples");
-        std::fs::create_dir_all(&samples)
-            .map_err(anneal_weights::FileError::on("make the folder", &samples))?;
-        let file = samples.join(format!("step-{step:08}.png"));
+        let file = self.samples_file(step);
+        let samples = file.parent().expect("it lies in a folder");
+        std::fs::create_dir_all(samples)
+            .map_err(anneal_weights::FileError::on("make the folder", samples))?;
         picture.write_png(&file)?;
         if let Some(events) = &mut self.events {
             events.image(step, "samples", &picture)?;
@@ -325,7 +369,8 @@ impl<'a> Run<'a> {
             folder: self.folder,
             steps,
             steps_before,
-            stopped: steps < self.trainer.recipe().train.steps as u64,
+            stopped: steps < self.trainer.recipe().train.steps as u64 || self.samples == SamplesReport::Left,
+            samples: self.samples,
             last_loss: self.last.map(|outcome| outcome.loss),
             training: Duration::from_secs_f64(self.training_seconds),
             images_per_second: images / self.training_seconds.max(1e-9),

@@ -6,6 +6,7 @@
 //! steps, so that a replayed step is compared with a plain one too.
 //! Losses, weights, moments, averages and samples must have the same bits.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -144,7 +145,8 @@ fn trace(trainer: &Trainer, losses: Vec<f64>, preview: &Preview) -> Result<Trace
         }
     }
     let weights = trainer.sampling_store(sampling_rate(trainer.recipe()))?;
-    let samples = preview(Arc::clone(&weights), &mut |_, _| ()).map_err(TrainError::Preview)?.values;
+    let images = preview(Arc::clone(&weights), &mut |_, _| ControlFlow::Continue(()));
+    let samples = images.map_err(TrainError::Preview)?.expect("nothing stops it").values;
     Ok(Trace { losses, state, samples })
 }
 

@@ -1,11 +1,16 @@
 //! Whole training runs on each device and in each precision: equal losses, captured steps, resuming.
 
+use std::cell::Cell;
+use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anneal_nn::ParamStore;
 use anneal_recipe::Recipe;
 use anneal_testkit::{poisoned_cuda, skip_without};
-use anneal_train::run::{DrawingProgress, PreviewImages};
+use anneal_train::report::progress::Show;
+use anneal_train::run::{self, DrawingProgress, PreviewImages, RunOptions, RunReport, SamplesReport};
 use anneal_train::trainer::{StepOutcome, Trainer};
 use anneal_train::verify::{VerifyOptions, verify_resume};
 
@@ -54,7 +59,7 @@ fn assert_resumes(recipe: &Recipe) {
     let preview = |store: Arc<dyn ParamStore>, _: &mut DrawingProgress| {
         let values = all_weights(&*store);
         let (shape, caption) = ([1, 1, values.len()], String::new());
-        Ok(PreviewImages { shape, values, count: 1, caption, warnings: Vec::new() })
+        Ok(Some(PreviewImages { shape, values, count: 1, caption, warnings: Vec::new() }))
     };
     let scratch = tempfile::tempdir().unwrap();
     let options = VerifyOptions { steps: 9, stop_at: 4 };
@@ -62,6 +67,78 @@ fn assert_resumes(recipe: &Recipe) {
         assert!(comparison.numbers > 0);
         assert_eq!(comparison.first, None, "{comparison:?}");
     }
+}
+
+/// A run whose samples take a thousand calls, and a stop comes after the second call of the drawing of this number (from 1).
+/// The report, and the calls of each drawing.
+fn run_stopped_in(drawing: usize, recipe: &Recipe) -> (RunReport, Vec<usize>) {
+    let stop = Arc::new(AtomicBool::new(false));
+    let calls = Cell::new(Vec::new());
+    let preview = |store: Arc<dyn ParamStore>, progress: &mut DrawingProgress| {
+        let mut done = calls.take();
+        done.push(0);
+        let number = done.len();
+        let stopped = (1..=1000).any(|call| {
+            done[number - 1] = call;
+            stop.fetch_or(number == drawing && call == 2, Ordering::Relaxed);
+            progress(call, 1000) == ControlFlow::Break(())
+        });
+        calls.set(done);
+        let (values, shape) = (all_weights(&*store)[..64].to_vec(), [1, 8, 8]);
+        let (caption, warnings) = (String::new(), Vec::new());
+        Ok((!stopped).then_some(PreviewImages { shape, values, count: 1, caption, warnings }))
+    };
+    let options =
+        RunOptions { show: Show::Nothing, stop: stop.clone(), preview: &preview, changed_recipe: false };
+    let report = run::run(recipe, &options).unwrap();
+    (report, calls.take())
+}
+
+/// What steps did, without how long they took; and names and bytes of pictures.
+fn traces(run: &Path) -> (Vec<String>, Vec<(String, Vec<u8>)>) {
+    let line = |line: &str| {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        format!("{} {} {}", line["step"], line["loss"], line["grad_norm"])
+    };
+    let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let mut pictures: Vec<(String, Vec<u8>)> = std::fs::read_dir(run.join("samples"))
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .map(|entry| (entry.file_name().into_string().unwrap(), std::fs::read(entry.path()).unwrap()))
+        .collect();
+    pictures.sort();
+    (metrics.lines().map(line).collect(), pictures)
+}
+
+/// Samples in the middle and at the end: both are given up at once and drawn by the next start, and no bit of a step changes.
+fn assert_stops_while_drawing(device: &[&str]) {
+    let scratch = tempfile::tempdir().unwrap();
+    let recipe = |name: &str| {
+        let output = format!("output={}", scratch.path().join(name).display());
+        let steps = ["train.steps=6", "train.log_every=1", "sample.every=3", &output];
+        recipe(&[device, &steps[..]].concat())
+    };
+    let ends =
+        |(report, calls): (RunReport, Vec<usize>)| (report.steps, report.stopped, report.samples, calls);
+    use SamplesReport::{Drawn, Left, MadeUp};
+    assert_eq!(ends(run_stopped_in(0, &recipe("whole"))), (6, false, Drawn, vec![1000, 1000]));
+    let run = recipe("run");
+    assert_eq!(ends(run_stopped_in(1, &run)), (3, true, Left, vec![2]));
+    assert_eq!(ends(run_stopped_in(2, &run)), (6, true, Left, vec![1000, 2]));
+    assert_eq!(ends(run_stopped_in(0, &run)), (6, false, MadeUp, vec![1000]));
+    assert_eq!(ends(run_stopped_in(0, &run)), (6, false, Drawn, vec![]));
+    let (whole, run) = (traces(&scratch.path().join("whole")), traces(&run.output));
+    let names: Vec<&str> = whole.1.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!((whole.0.len(), names), (6, vec!["step-00000003.png", "step-00000006.png"]));
+    assert!(whole == run, "{:?} and {:?}, or their pictures", whole.0, run.0);
+}
+
+#[test]
+fn a_run_stopped_while_drawing_goes_on_with_the_same_bits() {
+    assert_stops_while_drawing(&["device=cpu:2"]);
+    let Some(turn) = poisoned_cuda() else { return skip_without("CUDA device", "stops while drawing") };
+    assert_stops_while_drawing(&["device=cuda", "train.deterministic=true"]);
+    drop(turn);
 }
 
 #[test]

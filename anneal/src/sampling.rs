@@ -4,9 +4,9 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use anneal_diffusion::{
-    Guidance, GuidanceShape, Method, Objective, SamplerOptions, Spacing, StepVariance, Steps,
+    DiffusionError, Guidance, GuidanceShape, Method, Objective, SamplerOptions, Spacing, StepVariance, Steps,
 };
-use anneal_infer::{Pipeline, Request, Samples};
+use anneal_infer::{InferError, Pipeline, Request, Samples};
 use anneal_models::Denoiser;
 use anneal_nn::ParamStore;
 use anneal_recipe::{GuidanceMode, Recipe, Sample, Sampler};
@@ -142,13 +142,13 @@ fn in_shares(chosen: &[i64], count: usize) -> Vec<i64> {
     labels.into_iter().map(|place| chosen[place]).collect()
 }
 
-/// Draws a recipe's periodic samples from a store: the trainer's preview.
+/// Draws a recipe's periodic samples from a store: the trainer's preview. None if `progress` stopped it.
 pub fn preview(
     recipe: &Recipe,
     model: Arc<dyn Denoiser>,
     store: Arc<dyn ParamStore>,
     progress: &mut DrawingProgress,
-) -> Result<PreviewImages> {
+) -> Result<Option<PreviewImages>> {
     let sample = &recipe.sample;
     let settings = SamplingSettings::of(sample);
     let objective = settings::objective(recipe)?;
@@ -167,11 +167,18 @@ pub fn preview(
         batch: sample.num,
     };
     let pipeline = Pipeline { model, store, objective };
-    let Samples { values, shape, warnings, .. } = pipeline.sample(&request, &mut |done, all| {
-        progress(done, all);
-        ControlFlow::Continue(())
-    })?;
-    Ok(PreviewImages { values, count: sample.num, shape, caption: settings.caption(), warnings })
+    let mut waited = Ok(());
+    let samples = pipeline.sample(&request, &mut |done, all| {
+        // A GPU is sent work ahead: all calls could be under way, and a stop would wait for them.
+        waited = pipeline.store.device().synchronize();
+        if waited.is_ok() { progress(done, all) } else { ControlFlow::Break(()) }
+    });
+    waited?;
+    let Samples { values, shape, warnings, .. } = match samples {
+        Err(InferError::Diffusion(DiffusionError::Stopped { .. })) => return Ok(None),
+        samples => samples?,
+    };
+    Ok(Some(PreviewImages { values, count: sample.num, shape, caption: settings.caption(), warnings }))
 }
 
 #[cfg(test)]

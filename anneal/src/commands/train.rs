@@ -12,7 +12,7 @@ use anneal_train::data::DataSummary;
 use anneal_train::plan::Plan;
 use anneal_train::report::progress::Show;
 use anneal_train::report::summary;
-use anneal_train::run::{self, DrawingProgress, RunOptions, RunReport};
+use anneal_train::run::{self, DrawingProgress, RunOptions, RunReport, SamplesReport};
 use anneal_train::settings;
 use anyhow::{Context, Result, bail};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -156,15 +156,21 @@ fn this_command() -> String {
 fn print_report(recipe: &Recipe, report: &RunReport) {
     let folder = report.folder.display();
     if report.stopped {
-        println!(
-            "stopped after step {} of {}; a checkpoint is saved in {folder}",
-            report.steps, recipe.train.steps
-        );
+        let (step, steps) = (report.steps, recipe.train.steps);
+        let when = match report.samples {
+            SamplesReport::Left => format!("before the samples of step {step} of {steps} were drawn"),
+            _ => format!("after step {step} of {steps}"),
+        };
+        println!("stopped {when}; a checkpoint is saved in {folder}");
         println!("continue with: {}", this_command());
         return;
     }
     let Some(loss) = report.last_loss else {
-        println!("{folder} was already complete at step {}; nothing to do", report.steps);
+        let done = match report.samples {
+            SamplesReport::MadeUp => "its samples are drawn now",
+            _ => "nothing to do",
+        };
+        println!("{folder} was already complete at step {}; {done}", report.steps);
         println!("train it longer with: anneal resume {folder} train.steps={}", 2 * recipe.train.steps);
         return;
     };

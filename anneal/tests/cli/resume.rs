@@ -48,9 +48,9 @@ fn assert_same_run(folder: &Folder, expected: &str, run: &str, last: u64) {
 }
 
 #[track_caller]
-fn assert_same_grids(folder: &Folder, expected: &str, run: &str) {
+fn assert_same_grids(folder: &Folder, expected: &str, run: &str, steps: [u64; 2]) {
     let names = folder.names(&format!("{expected}/samples"));
-    assert_eq!(names, ["step-00001000.png", "step-00002000.png"]);
+    assert_eq!(names, steps.map(|step| format!("step-{step:08}.png")));
     for name in names {
         let grid = |run: &str| folder.read(&format!("{run}/samples/{name}"));
         assert!(grid(expected) == grid(run), "{name} of {expected} and {run}");
@@ -71,7 +71,7 @@ fn a_killed_run_continues_with_the_same_bits() {
     }
     folder.train("run", &LONG).succeeds(&[" more steps, 2,000 in all, in "]);
     assert_same_run(&folder, "whole", "run", LAST);
-    assert_same_grids(&folder, "whole", "run");
+    assert_same_grids(&folder, "whole", "run", [1000, 2000]);
     assert!(
         folder.names("run/checkpoints").iter().all(|name| name.starts_with("step-")),
         "nothing half written"
@@ -107,6 +107,38 @@ fn a_signal_saves_a_checkpoint_and_says_how_to_continue() {
     }
     folder.anneal(&["resume", "run", "--quiet"]).succeeds(&[" more steps, 2,000 in all, in "]);
     assert_same_run(&folder, "whole", "run", LAST);
+}
+
+/// A signal after the checkpoint finds the samples of its step being drawn, which would take seconds.
+#[test]
+fn a_signal_stops_the_drawing_of_samples_too() {
+    let folder = Folder::new();
+    let often = ["train.steps=8", "train.checkpoint.every=4", "sample.every=4"];
+    folder.train("whole", &often).succeeds(&["trained 8 steps"]);
+    let slowly = ["sample.num=64", "sample.steps=1000"];
+    let mut running = folder.spawn_train("run", &[&often[..], &slowly].concat());
+    running.wait_for(&folder.path("run/checkpoints/step-00000004"));
+    running.signal("INT");
+    let said =
+        "stopped before the samples of step 4 of 8 were drawn; a checkpoint is saved in run\ncontinue with: ";
+    let stopped = running.finish().ends(130, &[said]);
+    assert!(stopped.err.is_empty() && folder.names("run/samples").is_empty(), "{stopped:#?}");
+    let resume = ["resume", "run", "--quiet", "sample.num=4", "sample.steps=4"];
+    folder.anneal(&resume).succeeds(&["4 more steps, 8 in all"]);
+    assert_same_run(&folder, "whole", "run", 8);
+    assert_same_grids(&folder, "whole", "run", [4, 8]);
+}
+
+/// As a run leaves that ended before its last samples were drawn.
+#[test]
+fn samples_that_are_missing_at_the_end_are_drawn() {
+    let folder = Folder::new();
+    folder.train("run", &["sample.every=4"]).succeeds(&["trained 6 steps"]);
+    let last = folder.read("run/samples/step-00000006.png");
+    std::fs::remove_file(folder.path("run/samples/step-00000006.png")).unwrap();
+    let words = ["already complete at step 6; its samples are drawn now"];
+    folder.train("run", &["sample.every=4"]).succeeds(&words);
+    assert!(folder.read("run/samples/step-00000006.png") == last);
 }
 
 #[test]
