@@ -1,6 +1,7 @@
 //! A run that was stopped, however it was, ends with the bits of one that was not.
 
 use std::os::unix::process::ExitStatusExt;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -109,7 +110,7 @@ fn a_signal_saves_a_checkpoint_and_says_how_to_continue() {
     assert_same_run(&folder, "whole", "run", LAST);
 }
 
-/// A signal after the checkpoint finds the samples of its step being drawn, which would take seconds.
+/// A moment after the checkpoint and its plot the samples of the same step are being drawn, which would take seconds.
 #[test]
 fn a_signal_stops_the_drawing_of_samples_too() {
     let folder = Folder::new();
@@ -117,7 +118,8 @@ fn a_signal_stops_the_drawing_of_samples_too() {
     folder.train("whole", &often).succeeds(&["trained 8 steps"]);
     let slowly = ["sample.num=64", "sample.steps=1000"];
     let mut running = folder.spawn_train("run", &[&often[..], &slowly].concat());
-    running.wait_for(&folder.path("run/checkpoints/step-00000004"));
+    running.wait_for(&folder.path("run/loss.png"));
+    std::thread::sleep(Duration::from_millis(100));
     running.signal("INT");
     let said =
         "stopped before the samples of step 4 of 8 were drawn; a checkpoint is saved in run\ncontinue with: ";
