@@ -6,7 +6,7 @@
 //! written is not an error: the kernel is compiled again next time.
 
 use std::ffi::{CStr, CString, c_char};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -162,7 +162,8 @@ pub(crate) fn write_cached(path: &Path, bytes: &[u8]) {
     let _ = publish(path, bytes, |temporary| std::fs::rename(temporary, path));
 }
 
-/// The same unless there is a file already; whether there was. Of processes that write at once one is the first.
+/// The same unless there is a file already; whether there was. Of processes that write at once one is the first, where
+/// the file system has hard links; elsewhere the last one's file stays.
 pub(crate) fn write_cached_first(path: &Path, bytes: &[u8]) -> bool {
     let link = |temporary: &Path| match std::fs::hard_link(temporary, path) {
         Err(error) if error.kind() != ErrorKind::AlreadyExists => std::fs::rename(temporary, path),
@@ -177,14 +178,25 @@ fn publish(
     bytes: &[u8],
     place: impl FnOnce(&Path) -> std::io::Result<()>,
 ) -> std::io::Result<()> {
-    static WRITTEN: AtomicUsize = AtomicUsize::new(0);
-    let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
-    let temporary = path.with_extension(format!("{}-{number}.new", std::process::id()));
     std::fs::create_dir_all(path.parent().expect("files of the cache lie in its folders"))?;
-    let placed = std::fs::write(&temporary, bytes).and_then(|()| place(&temporary));
+    let (temporary, mut file) = new_beside(path)?;
+    let placed = file.write_all(bytes).and_then(|()| place(&temporary));
     // What was renamed is gone; what was linked or refused is not.
     let _ = std::fs::remove_file(&temporary);
     placed
+}
+
+/// A file that nobody else has: processes of other containers or nodes that share the cache may have the same number.
+fn new_beside(path: &Path) -> std::io::Result<(PathBuf, std::fs::File)> {
+    static WRITTEN: AtomicUsize = AtomicUsize::new(0);
+    loop {
+        let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
+        let temporary = path.with_extension(format!("{}-{number}.new", std::process::id()));
+        match std::fs::File::create_new(&temporary) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
+            other => return other.map(|file| (temporary, file)),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -54,9 +54,11 @@ pub(super) fn keep<T>(path: &Path, own: T, text: &str, parsed: impl Fn(&str) -> 
     if !write_cached_first(path, text.as_bytes()) {
         return own;
     }
-    std::fs::read_to_string(path).ok().and_then(|text| parsed(&text)).unwrap_or_else(|| {
+    let read = || std::fs::read_to_string(path).ok().and_then(|text| parsed(&text));
+    read().unwrap_or_else(|| {
+        // Damaged: it is replaced, and what then lies there counts, should another process replace it too.
         write_cached(path, text.as_bytes());
-        own
+        read().unwrap_or(own)
     })
 }
 

@@ -1,3 +1,4 @@
+use anneal_device::cuda::AttentionBackend;
 use anneal_tensor::ops::{self, AttentionInput, attention};
 use anneal_tensor::{DType, Device, Result, Tape, Tensor};
 use anneal_testkit::{
@@ -317,6 +318,8 @@ fn kernels_of_a_gpu_agree_with_the_formulas_and_with_themselves() {
         (33, 140, 104),
         (65, 530, 64),
         (30, 60, 33),
+        (130, 140, 80),
+        (40, 140, 80),
         (1, 1, 72),
     ];
     for (queries, keys, dim) in sizes {
@@ -329,6 +332,55 @@ fn kernels_of_a_gpu_agree_with_the_formulas_and_with_themselves() {
         let case = Case { scale: 0.125, ..Case::new(2, 65, 300, 2, 72) }.masked();
         case.check_on_gpu(&format!("bias {batch} {heads}"), &case.with_bias(batch, heads));
     }
+}
+
+/// More heads than a device has multiprocessors, so that blocks of threads which stay for several heads go on to others;
+/// a value that is not a number in one head stays there.
+#[test]
+fn many_heads_on_a_gpu_have_the_bits_of_each_alone() {
+    let Some(turn) = poisoned_cuda() else {
+        return skip_without("CUDA device", "many heads");
+    };
+    let Device::Cuda(cuda) = &turn.device else { unreachable!("a CUDA device was asked for") };
+    cuda.set_attention_backend(Some(AttentionBackend::Own));
+    let (batch, heads, dtype) = (20, 16, DType::BF16);
+    for (queries, keys, dim) in
+        [(40, 40, 40), (130, 200, 64), (256, 200, 72), (256, 40, 72), (130, 200, 80), (40, 200, 72)]
+    {
+        let case = Case { scale: 0.125, ..Case::new(batch, queries, keys, heads, dim) };
+        let mut inputs = case.inputs();
+        inputs[0].values[5] = f64::NAN;
+        let upstream = Array::normal(9, &[batch, queries, heads, dim]);
+        let all = case.evaluate(&turn.device, &inputs, &upstream, dtype);
+        for (b, h) in [(0, 0), (0, 1), (8, 4), (9, 15), (19, 15)] {
+            let one = |array: &Array| {
+                let sizes = [1, array.dims[1], 1, dim];
+                let values = (0..array.dims[1]).flat_map(|n| (0..dim).map(move |d| (n, d)));
+                Array::new(&sizes, values.map(|(n, d)| array.at(&[b, n, h, d])).collect())
+            };
+            let alone = Case { batch: 1, heads: 1, mask: Vec::new(), ..case };
+            let own: Vec<Array> = inputs.iter().map(one).collect();
+            let alone = alone.evaluate(&turn.device, &own, &one(&upstream), dtype);
+            for (index, (all, alone)) in all.iter().zip(&alone).enumerate() {
+                let rows = if index < 2 { queries } else { keys };
+                let values = all.iter().map(|value| f64::from(*value)).collect();
+                let own = one(&Array::new(&[batch, rows, heads, dim], values));
+                let same = own.values.iter().zip(alone).all(|(own, alone)| {
+                    own.to_bits() == f64::from(*alone).to_bits() || own.is_nan() && alone.is_nan()
+                });
+                assert!(same, "{queries}x{keys}x{dim}, head {b} {h}, {index}");
+                assert_eq!(own.values.iter().any(|value| value.is_nan()), (b, h) == (0, 0), "{index}");
+            }
+        }
+    }
+    cuda.set_attention_backend(None);
+}
+
+/// As many heads as need no more than two parts of three blocks of queries: visits one after the other add their sums.
+#[test]
+fn visits_of_one_part_add_up_on_a_gpu() {
+    let case = Case { scale: 0.125, ..Case::new(32, 600, 70, 16, 8) };
+    case.check_on_gpu("several visits", &case.inputs());
 }
 
 #[test]

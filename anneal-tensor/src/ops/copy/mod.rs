@@ -45,10 +45,12 @@ pub(crate) fn pieces(pieces: &[Piece]) -> Result<()> {
         assert!(source.as_ref().unwrap_or(target).dtype() == first.target.dtype());
     }
     let Device::Cuda(cuda) = first.target.device() else {
-        let zero = Tensor::zeros(first.target.device(), &[1], first.target.dtype())?;
-        return pieces.iter().try_for_each(|Piece { source, target }| {
-            let zeros = || zero.view(0, target.dims(), &vec![0; target.rank()]);
-            strided(source.as_ref().unwrap_or(&zeros()), target)
+        return pieces.iter().try_for_each(|Piece { source, target }| match source {
+            Some(source) => strided(source, target),
+            None => {
+                let zero = Tensor::zeros(target.device(), &[1], target.dtype())?;
+                strided(&zero.view(0, target.dims(), &vec![0; target.rank()]), target)
+            }
         });
     };
     cuda::pieces(cuda, pieces)

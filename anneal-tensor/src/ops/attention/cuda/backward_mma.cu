@@ -8,10 +8,10 @@
 //
 // With at most `16 M_TILES WARPS` keys (256 tokens of an image) one pass makes all gradients. With
 // more, a block of threads goes over its share of the keys and adds to `dq` in f32 in memory, where each
-// address belongs to one thread; shares of several blocks are added by attention_reduce_queries.
+// address belongs to one thread; shares of several blocks are added by attention_reduce_rows.
 //
 // attention_backward_mma(Arguments): reads all but the gradients; writes query_gradient (one part) or
-// query_partial[part] (several; also scratch of one part with several blocks of keys), key_gradient,
+// partial[part] (several; also scratch of one part with several blocks of keys), key_gradient,
 // value_gradient and, where not null, bias_partial. Every element of them is written.
 //   grid   (parts, heads, batch), such that each part gets one of the ceil(keys / (16 M_TILES WARPS)) blocks
 //   block  32 WARPS threads

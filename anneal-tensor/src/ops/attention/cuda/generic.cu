@@ -10,7 +10,7 @@
 // attention_backward_queries_generic(Arguments)  grid (ceil(N / TILE), H, B): dq and bias_partial
 // attention_backward_keys_generic(Arguments)     grid (ceil(M / TILE), H, B): dk and dv
 //   block TILE * LANES threads; shared 4 * (4 * TILE * (HEAD_DIM | 1) + 2 * TILE * (TILE + 1) + 2 * TILE)
-// Contracts as in forward_mma.cu and backward_mma.cu, without alignment; query_partial is not used.
+// Contracts as in forward_mma.cu and backward_mma.cu, without alignment; partial is not used.
 // TILE is 32, 16 or 8: what fits the device's shared memory, and no more than 16 for head dims above 256. BIAS as everywhere.
 
 #ifndef TILE

@@ -1,8 +1,8 @@
 //! Attention on CUDA: the choice of kernels, their geometry and arguments. The kernels' files say how they work.
 //!
 //! Three families: warpgroups (sm_90a) and warps (from sm_80 on) of tensor cores for bf16 and f16
-//! with a head dim that is a multiple of 8 up to 128, and plain loops for everything else. All of
-//! them are deterministic and save the log-sum as a natural logarithm.
+//! with a head dim that is a multiple of 8 up to 128 (gradients by warpgroups up to 80), and plain loops for
+//! everything else. All of them are deterministic and save the log-sum as a natural logarithm.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::OnceLock;
@@ -324,7 +324,12 @@ pub(in crate::ops) fn variants() -> Vec<Variant> {
         macros: [common.to_vec(), geometry.macros()].concat(),
     };
     let mut all = Vec::new();
-    for (dtype, bias, dim) in [(DType::BF16, None, 72), (DType::F16, Some(DType::F32), 40)] {
+    for (dtype, bias, dim) in [
+        (DType::BF16, None, 72),
+        (DType::BF16, None, 64),
+        (DType::F16, None, 80),
+        (DType::F16, Some(DType::F32), 40),
+    ] {
         for queries in [64, 256] {
             let geometry = Geometry::backward_of_warpgroups(dim, queries);
             all.push(variant(BACKWARD_WGMMA, &macros(dim, dtype, bias), geometry));
