@@ -56,15 +56,15 @@ __device__ __forceinline__ void walk_queries(
     const u32 upstream = upstream_tile(at, block) + sub * SUB_QUERIES * ROW_BYTES;
     const u32 pairs = statistics(at, block) + sub * SUB_QUERIES * 8;
     const int first_query = block * QUERY_BLOCK + sub * SUB_QUERIES;
-    Scores<M_TILES> s, dp;
+    Scores s, dp;
     clear(s);
     multiply_rows(s, left_address(key_tile(at) + own), Right(queries));
     clear(dp);
     multiply_rows(dp, left_address(value_tile(at) + own), Right(upstream));
     Columns columns;
     columns.load(at, pairs);
-    make_probabilities<M_TILES>(s, columns, a, at, 0, first_query, a.scale * LOG2_E);
-    make_gradients<M_TILES>(dp, s, columns, a, at, 0, first_query);
+    make_probabilities(s, columns, a, at, first_query, a.scale * LOG2_E);
+    make_gradients(dp, s, columns, a, at, first_query);
 
     u32 left[SUB_TILES / 2][M_TILES][4];
 #pragma unroll

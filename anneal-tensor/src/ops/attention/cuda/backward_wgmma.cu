@@ -271,13 +271,13 @@ __device__ __forceinline__ void walk(
     const int stage_row = at.group * 64 + own_row(), row = at.first_query + m * STAGE_ROWS + stage_row;
     Scores s, dp;
     begin_products();
-    multiply_rows<QueryLayout, KeyLayout>(s, queries, at.group * 64, keys, 0, zeros);
+    multiply_rows<QueryLayout, KeyLayout>(s, queries, at.group * 64, keys, zeros);
     commit_products();
     wait_products<1>();
     hold(dq);
     before();
     begin_products();
-    multiply_rows<QueryLayout, KeyLayout>(dp, upstream, at.group * 64, values, 0, zeros);
+    multiply_rows<QueryLayout, KeyLayout>(dp, upstream, at.group * 64, values, zeros);
     commit_products();
     float log_sum[2], delta[2];
 #pragma unroll
@@ -316,7 +316,7 @@ __device__ __forceinline__ void walk(
     publish();
     arrive_as_warp(written(shared, at.group, 1));
     begin_products();
-    multiply_columns<KeyLayout>(dq, left, keys, 0);
+    multiply_columns<KeyLayout>(dq, left, keys);
     commit_products();
 }
 

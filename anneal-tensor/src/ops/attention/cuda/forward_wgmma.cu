@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         const int first_key = block * KEY_BLOCK;
         float s[1][KEY_TILES][4];
         begin_products();
-        multiply_rows<QueryLayout, KeyLayout>(s[0], query_tile, at.warp / 4 * 64, key_tile, 0, zeros);
+        multiply_rows<QueryLayout, KeyLayout>(s[0], query_tile, at.warp / 4 * 64, key_tile, zeros);
         commit_products();
         wait_products<0>();
         hold(s);
@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         for (int k = 0; k < KEY_TILES / 2; k++) pack_left(left[k], s, k);
         hold(state.output);
         begin_products();
-        multiply_columns<KeyLayout>(state.output[0], left, key_tile + KEY_BYTES, 0);
+        multiply_columns<KeyLayout>(state.output[0], left, key_tile + KEY_BYTES);
         commit_products();
         wait_products<0>();
         hold(state.output);

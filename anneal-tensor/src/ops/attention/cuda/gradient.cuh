@@ -28,7 +28,6 @@ constexpr int UPSTREAM_OFFSET = QUERY_OFFSET + 2 * QUERY_BYTES;
 constexpr int OUTPUT_OFFSET = UPSTREAM_OFFSET + 2 * QUERY_BYTES;
 constexpr int DS_OFFSET = OUTPUT_OFFSET + QUERY_BYTES;
 constexpr int STATISTICS_OFFSET = DS_OFFSET + DS_BUFFERS * DS_BYTES;
-constexpr int END_OFFSET = STATISTICS_OFFSET + 2 * STATISTICS_BYTES;
 
 struct Place {
     int b, h, warp, lane;
@@ -111,12 +110,12 @@ __device__ __forceinline__ void write_statistics(const Place &at, int block, con
     }
 }
 
-/// A thread's scores of `M` tiles of 16 keys with the queries walked at a time.
-template <int M> using Scores = float[M][SUB_TILES][4];
+/// A thread's scores of its tiles of 16 keys with the queries walked at a time.
+typedef float Scores[M_TILES][SUB_TILES][4];
 
-/// Key and query of a thread's score `[m][n][i]`; `tile` is the first of the `M` tiles.
-__device__ __forceinline__ int key_of(const Place &at, int tile, int i) {
-    return at.first_key + own_row(at.warp, tile) + i / 2 * 8 + at.lane / 4;
+/// Key and query of a thread's score `[m][n][i]`.
+__device__ __forceinline__ int key_of(const Place &at, int m, int i) {
+    return at.first_key + own_row(at.warp, m) + i / 2 * 8 + at.lane / 4;
 }
 
 __device__ __forceinline__ int query_of(const Place &at, int first_query, int n, int i) {
@@ -124,41 +123,39 @@ __device__ __forceinline__ int query_of(const Place &at, int first_query, int n,
 }
 
 /// `p` where the key is hidden is zero; past the end of the keys the exponential may be infinite.
-template <int M> __device__ __forceinline__ void hide_keys(Scores<M> &p, const Place &at, int tile) {
+__device__ __forceinline__ void hide_keys(Scores &p, const Place &at) {
 #pragma unroll
-    for (int m = 0; m < M; m++)
+    for (int m = 0; m < M_TILES; m++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            if (at.visible >> (2 * (tile + m) + i / 2) & 1) continue;
+            if (at.visible >> (2 * m + i / 2) & 1) continue;
 #pragma unroll
             for (int n = 0; n < SUB_TILES; n++) p[m][n][i] = 0.0f;
         }
 }
 
-template <int M>
 __device__ __forceinline__ void add_bias(
-    Scores<M> &s, const Arguments &a, const Place &at, int tile, int first_query, float factor) {
+    Scores &s, const Arguments &a, const Place &at, int first_query, float factor) {
 #pragma unroll
-    for (int m = 0; m < M; m++)
+    for (int m = 0; m < M_TILES; m++)
 #pragma unroll
         for (int n = 0; n < SUB_TILES; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 s[m][n][i] = s[m][n][i] * factor +
-                             bias_at(a, at.b, at.h, query_of(at, first_query, n, i), key_of(at, tile + m, i));
+                             bias_at(a, at.b, at.h, query_of(at, first_query, n, i), key_of(at, m, i));
 }
 
-template <int M>
 __device__ __forceinline__ void store_bias_gradient(
-    const Scores<M> &ds, const Arguments &a, const Place &at, int tile, int first_query) {
+    const Scores &ds, const Arguments &a, const Place &at, int first_query) {
     float *head = a.bias_partial + head_index(a, at.b, at.h) * a.keys;
 #pragma unroll
-    for (int m = 0; m < M; m++)
+    for (int m = 0; m < M_TILES; m++)
 #pragma unroll
         for (int n = 0; n < SUB_TILES; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int key = key_of(at, tile + m, i), query = query_of(at, first_query, n, i);
+                const int key = key_of(at, m, i), query = query_of(at, first_query, n, i);
                 if (key < a.keys && query < a.queries) head[i64(query) * a.keys + key] = ds[m][n][i];
             }
 }
@@ -180,34 +177,32 @@ struct Columns {
 };
 
 /// Scores become `p^T`.
-template <int M>
 __device__ __forceinline__ void make_probabilities(
-    Scores<M> &s, const Columns &columns, const Arguments &a, const Place &at, int tile, int first_query,
+    Scores &s, const Columns &columns, const Arguments &a, const Place &at, int first_query,
     float log2_scale) {
-    if constexpr (HAS_BIAS) add_bias<M>(s, a, at, tile, first_query, log2_scale);
+    if constexpr (HAS_BIAS) add_bias(s, a, at, first_query, log2_scale);
     const float factor = HAS_BIAS ? 1.0f : log2_scale;
 #pragma unroll
     for (int n = 0; n < SUB_TILES; n++)
 #pragma unroll
-        for (int m = 0; m < M; m++)
+        for (int m = 0; m < M_TILES; m++)
 #pragma unroll
             for (int i = 0; i < 4; i++) s[m][n][i] = exp2_fast(s[m][n][i] * factor - columns.log_sum[n][i % 2]);
-    if (!at.all_visible) hide_keys<M>(s, at, tile);
+    if (!at.all_visible) hide_keys(s, at);
 }
 
 /// `dp^T` becomes `ds^T`.
-template <int M>
 __device__ __forceinline__ void make_gradients(
-    Scores<M> &dp, const Scores<M> &p, const Columns &columns, const Arguments &a, const Place &at, int tile,
+    Scores &dp, const Scores &p, const Columns &columns, const Arguments &a, const Place &at,
     int first_query) {
 #pragma unroll
     for (int n = 0; n < SUB_TILES; n++)
 #pragma unroll
-        for (int m = 0; m < M; m++)
+        for (int m = 0; m < M_TILES; m++)
 #pragma unroll
             for (int i = 0; i < 4; i++) dp[m][n][i] = p[m][n][i] * (dp[m][n][i] - columns.delta[n][i % 2]);
     if constexpr (HAS_BIAS)
-        if (a.bias_partial != nullptr) store_bias_gradient<M>(dp, a, at, tile, first_query);
+        if (a.bias_partial != nullptr) store_bias_gradient(dp, a, at, first_query);
 }
 
 /// Rows of `dq` in a thread's hands, `first_row + 8 i`, eights of columns from `first_tile`.

@@ -17,13 +17,12 @@ __device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, threadIdx.
 
 /// Starts copying chunks `FIRST..FIRST + COUNT` of rows; `LANES` neighbours share a row.
 template <class LAYOUT, int ROWS, int THREADS, int LANES, int FIRST, int COUNT>
-__device__ __forceinline__ void copy_chunks(
-    u32 tile, const element *head, u32 stride, int first, int limit, int thread) {
+__device__ __forceinline__ void copy_chunks(u32 tile, const element *head, u32 stride, int first, int limit) {
     constexpr int STEP = THREADS / LANES;
-    const int lane = thread % LANES;
+    const int lane = threadIdx.x % LANES;
 #pragma unroll
     for (int start = 0; start < ROWS; start += STEP) {
-        const int row = start + thread / LANES;
+        const int row = start + threadIdx.x / LANES;
         const bool valid = first + row < limit;
         const u32 offset = valid ? (first + row) * stride : 0;
         if (ROWS % STEP == 0 || row < ROWS) {
@@ -38,22 +37,18 @@ __device__ __forceinline__ void copy_chunks(
 }
 
 /// Starts copying rows `first..first + ROWS` of a head; rows from `limit` on become zeros. Eight
-/// lanes take 128 bytes of a row, which touches the fewest sectors of memory; then come the rest. `thread` counts those that
-/// copy.
+/// lanes take 128 bytes of a row, which touches the fewest sectors of memory; then come the rest.
 template <class LAYOUT, int ROWS, int THREADS>
-__device__ __forceinline__ void copy_rows(
-    u32 tile, const element *head, u32 stride, int first, int limit, int thread = threadIdx.x) {
-    if constexpr (WHOLE > 0)
-        copy_chunks<LAYOUT, ROWS, THREADS, 8, 0, WHOLE>(tile, head, stride, first, limit, thread);
+__device__ __forceinline__ void copy_rows(u32 tile, const element *head, u32 stride, int first, int limit) {
+    if constexpr (WHOLE > 0) copy_chunks<LAYOUT, ROWS, THREADS, 8, 0, WHOLE>(tile, head, stride, first, limit);
     if constexpr (REMAINDER > 0)
-        copy_chunks<LAYOUT, ROWS, THREADS, REMAINDER_LANES, WHOLE, REMAINDER>(
-            tile, head, stride, first, limit, thread);
+        copy_chunks<LAYOUT, ROWS, THREADS, REMAINDER_LANES, WHOLE, REMAINDER>(tile, head, stride, first, limit);
 }
 
 /// The same by four lanes a row: thread `t` copies, and may read before others see it, row `t / 4`.
 template <class LAYOUT, int ROWS, int THREADS>
 __device__ __forceinline__ void copy_own_rows(u32 tile, const element *head, u32 stride, int first, int limit) {
-    copy_chunks<LAYOUT, ROWS, THREADS, LANES_PER_ROW, 0, CHUNKS>(tile, head, stride, first, limit, threadIdx.x);
+    copy_chunks<LAYOUT, ROWS, THREADS, LANES_PER_ROW, 0, CHUNKS>(tile, head, stride, first, limit);
 }
 
 /// Of eight elements of each in shared memory.

@@ -9,8 +9,8 @@
 
 constexpr int PANELS = HEAD_DIM / 64;
 constexpr int REST = HEAD_DIM % 64 / 8;  // chunks beyond the panels
-// For arrays, which are never empty.
-constexpr int REST_TILES = REST > 0 ? REST : 1, PANEL_COUNT = PANELS > 0 ? PANELS : 1;
+// Of products, which are never empty.
+constexpr int REST_TILES = REST > 0 ? REST : 1;
 
 template <int ROW_COUNT> struct PanelLayout {
     static constexpr int ROWS = ROW_COUNT;
@@ -32,19 +32,19 @@ template <int N, int ALL>
 __device__ __forceinline__ float (&part(float (&c)[ALL][4], int first))
     [N][4] { return reinterpret_cast<float (&)[N][4]>(c[first]); }
 
-/// `c = left right^T` over the head dim: rows `left_row..+64` by rows `right_row..+8 N`. `zeros` is a chunk of
+/// `c = left right^T` over the head dim: rows `left_row..+64` by the first 8 N. `zeros` is a chunk of
 /// zero rows that follows both tiles in memory and completes an odd last chunk.
 template <class LEFT, class RIGHT, int N>
 __device__ __forceinline__
-    void multiply_rows(float (&c)[N][4], u32 left, int left_row, u32 right, int right_row, u32 zeros) {
-    const Operand x = panel_operand(left + left_row * 128), y = panel_operand(right + right_row * 128);
+    void multiply_rows(float (&c)[N][4], u32 left, int left_row, u32 right, u32 zeros) {
+    const Operand x = panel_operand(left + left_row * 128), y = panel_operand(right);
 #pragma unroll
     for (int depth = 0; depth < 4 * PANELS; depth++)
         Product<N>::template shared<0, 0>(
             c, x.at(depth / 4 * LEFT::PANEL_BYTES + depth % 4 * 32),
             y.at(depth / 4 * RIGHT::PANEL_BYTES + depth % 4 * 32), depth > 0);
     const u32 left_rest = left + PANELS * LEFT::PANEL_BYTES + left_row * 16;
-    const u32 right_rest = right + PANELS * RIGHT::PANEL_BYTES + right_row * 16;
+    const u32 right_rest = right + PANELS * RIGHT::PANEL_BYTES;
 #pragma unroll
     for (int chunk = 0; chunk < REST; chunk += 2) {
         const u32 left_chunk = left_rest + chunk * LEFT::CHUNK_BYTES,
@@ -56,13 +56,12 @@ __device__ __forceinline__
     }
 }
 
-/// `c += a rows`, `a` being `STEPS` fragments side by side: 64 x 16 STEPS times rows of a tile from `row` on, all
-/// columns.
+/// `c += a rows`, `a` being `STEPS` fragments side by side: 64 x 16 STEPS times the first rows of a tile, all columns.
 template <class LAYOUT, int STEPS>
 __device__ __forceinline__ void multiply_columns(
-    float (&c)[CHUNKS][4], const u32 (&a)[STEPS][1][4], u32 tile, int row) {
-    const Operand panels = panel_operand(tile + row * 128);
-    const Operand rest = chunk_operand(tile + PANELS * LAYOUT::PANEL_BYTES + row * 16, 128, LAYOUT::CHUNK_BYTES);
+    float (&c)[CHUNKS][4], const u32 (&a)[STEPS][1][4], u32 tile) {
+    const Operand panels = panel_operand(tile);
+    const Operand rest = chunk_operand(tile + PANELS * LAYOUT::PANEL_BYTES, 128, LAYOUT::CHUNK_BYTES);
 #pragma unroll
     for (int k = 0; k < STEPS; k++) {
 #pragma unroll
