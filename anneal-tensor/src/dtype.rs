@@ -1,6 +1,9 @@
 //! Element types of tensors.
 
+use anneal_device::cpu::ElementType;
 use half::{bf16, f16};
+
+use crate::{Result, TensorError};
 
 /// The element type of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,6 +28,19 @@ impl DType {
 
     pub fn is_float(self) -> bool {
         matches!(self, DType::F32 | DType::BF16 | DType::F16)
+    }
+
+    /// The element type of a float dtype, as the device's products and copies name it.
+    ///
+    /// # Errors
+    /// In the op's name, if it is no float.
+    pub(crate) fn element_type(self, op: &'static str) -> Result<ElementType> {
+        match self {
+            DType::F32 => Ok(ElementType::F32),
+            DType::BF16 => Ok(ElementType::Bf16),
+            DType::F16 => Ok(ElementType::F16),
+            other => Err(TensorError::unsupported_dtype(op, other)),
+        }
     }
 
     pub fn name(self) -> &'static str {

@@ -4,7 +4,7 @@ use anneal_device::cpu::{ElementType, math, vectorize};
 
 use super::super::gradient_target::GradientTarget;
 use super::Activation;
-use super::matrix::{MatrixView, element_of};
+use super::matrix::MatrixView;
 use crate::parallel::{ELEMENTS_PER_TASK, parts_mut};
 use crate::{Float, Result, Tensor, TensorError, for_float};
 
@@ -145,14 +145,14 @@ fn fused(activation: Activation) -> Option<gemm::Activation> {
 
 /// A view as an operand; the view keeps the memory.
 fn matrix(view: &MatrixView) -> Result<Matrix<'static>> {
-    let element = element_of(view.memory.dtype())?;
+    let element = view.memory.dtype().element_type("linear")?;
     // SAFETY: the strides address the view's memory alone, which outlives the product.
     Ok(unsafe { Matrix::new(view.memory.address(), element, view.strides[0], view.strides[1]) })
 }
 
 fn matrix_to_write(tensor: &Tensor) -> Result<MatrixMut<'static>> {
     assert!(tensor.is_contiguous(), "products are written to contiguous memory");
-    let (element, columns) = (element_of(tensor.dtype())?, tensor.size(tensor.rank() - 1));
+    let (element, columns) = (tensor.dtype().element_type("linear")?, tensor.size(tensor.rank() - 1));
     // SAFETY: the op that made the tensor holds it while the product runs.
     Ok(unsafe { MatrixMut::new(tensor.address(), element, columns) })
 }

@@ -4,7 +4,7 @@ use anneal_device::{CudaDevice, Purpose};
 use super::super::gradient_target::GradientTarget;
 use super::Activation;
 use super::hopper;
-use super::matrix::{MatrixView, element_of};
+use super::matrix::MatrixView;
 use crate::kernels::{blocks_to_fill, element};
 use crate::{DType, Result, Tensor};
 
@@ -149,7 +149,7 @@ fn weight_gradient(
 ) -> Result<()> {
     let (gradient, x) = (MatrixView::of_rows(gradient)?, MatrixView::of_rows(x)?);
     let shape = (gradient.columns, x.columns, gradient.rows);
-    let c = Output::new(target.gradient.address(), element_of(DType::F32)?, x.columns);
+    let c = Output::new(target.gradient.address(), DType::F32.element_type("linear")?, x.columns);
     let ((a, _gradient), (b, _x)) = (operand(gradient)?, operand(x)?);
     let plain = Product::new("matmul weight gradient", shape, a.transposed(), b, c);
     // SAFETY: a sink or fresh memory of [outputs, inner], written here alone.
@@ -319,7 +319,7 @@ fn over(cuda: &CudaDevice, tensor: &Tensor) -> Launch {
 
 /// A view as an operand, with the tensor that keeps its memory.
 fn operand(view: MatrixView) -> Result<(Operand, Tensor)> {
-    let element = element_of(view.memory.dtype())?;
+    let element = view.memory.dtype().element_type("linear")?;
     let (rows, columns, [row, column]) = (view.rows, view.columns, view.strides);
     // Of a single row or column the stride is not used, and may be anything.
     let leading = if rows == 1 { columns } else { row };
@@ -336,5 +336,5 @@ fn operand(view: MatrixView) -> Result<(Operand, Tensor)> {
 
 fn output(tensor: &Tensor) -> Result<Output> {
     assert!(tensor.is_contiguous(), "products are written to contiguous memory");
-    Ok(Output::new(tensor.address(), element_of(tensor.dtype())?, tensor.size(tensor.rank() - 1)))
+    Ok(Output::new(tensor.address(), tensor.dtype().element_type("linear")?, tensor.size(tensor.rank() - 1)))
 }

@@ -9,7 +9,6 @@ use anneal_device::{CudaDevice, Purpose};
 use super::super::gradient_target::GradientTarget;
 use super::Activation;
 use super::cuda::{add_partials, macros};
-use super::matrix::element_of;
 use crate::{DType, Result, Tensor};
 
 const SOURCE: Source = Source {
@@ -130,7 +129,7 @@ fn launch(
     let b_rows = b.memory.size(0);
     let b_columns = b.memory.elements() / b_rows;
     let columns = if backward { b_columns } else { b_rows };
-    let element = element_of(a.dtype())?;
+    let element = a.dtype().element_type("linear")?;
     let map = |matrix: &Tensor, sizes: [usize; 2], box_rows| {
         let (strides, sides) = ([sizes[1], 1], [box_rows, PANEL_COLUMNS]);
         cuda.tensor_map(&Boxes { address: matrix.address(), element, sizes, strides, sides })

@@ -1,9 +1,7 @@
 //! Tensors seen as matrices.
 
-use anneal_device::cpu::ElementType;
-
 use crate::shape::reshape_strides;
-use crate::{DType, Result, Tensor, TensorError};
+use crate::{Result, Tensor};
 
 /// A tensor as `[rows, columns]`; it holds the copy that a view without such strides needs.
 pub(super) struct MatrixView {
@@ -39,14 +37,4 @@ impl MatrixView {
     pub fn dense(self) -> Result<Self> {
         Ok(Self { memory: self.memory.contiguous()?, strides: [self.columns, 1], ..self })
     }
-}
-
-/// The element type of a float dtype, as products name it.
-pub(in crate::ops) fn element_of(dtype: DType) -> Result<ElementType> {
-    Ok(match dtype {
-        DType::F32 => ElementType::F32,
-        DType::BF16 => ElementType::Bf16,
-        DType::F16 => ElementType::F16,
-        other => return Err(TensorError::unsupported_dtype("linear", other)),
-    })
 }

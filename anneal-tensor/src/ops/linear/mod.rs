@@ -15,8 +15,6 @@ use super::gate_residual::reuse;
 use super::gradient_target::GradientTarget;
 use super::{only, single};
 
-pub(super) use matrix::element_of;
-
 /// The activation fused into a linear layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {

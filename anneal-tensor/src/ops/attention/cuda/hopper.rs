@@ -5,7 +5,6 @@ use anneal_device::{CudaDevice, Purpose};
 
 use super::geometry::{self, Family, Geometry};
 use super::{Attention, BACKWARD_WGMMA, Gradients, Operands, Parameters, Saved, Sizes, reduce_rows, start};
-use crate::ops::linear::element_of;
 use crate::{DType, Result, Tensor};
 
 const BOX_ROWS: usize = 64;
@@ -18,7 +17,7 @@ type Maps = [[TensorMap; 2]; 8];
 fn maps_of(cuda: &CudaDevice, rows: &Tensor) -> Result<[TensorMap; 2]> {
     let sizes = [0, 1, 2, 3].map(|axis| rows.size(axis));
     let strides = [0, 1, 2, 3].map(|axis| rows.strides()[axis]);
-    let element = element_of(rows.dtype())?;
+    let element = rows.dtype().element_type("attention")?;
     let [panels, chunks] = BOX_COLUMNS.map(|columns| {
         let sides = [1, BOX_ROWS, 1, columns];
         cuda.tensor_map(&Boxes { address: rows.address(), element, sizes, strides, sides })
