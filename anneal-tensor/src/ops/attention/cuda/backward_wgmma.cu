@@ -20,20 +20,13 @@
 //   shared 512 D QUERY_STAGES + 1152 D + 32768 + 1024 QUERY_STAGES + 1024 + 256 bytes
 // Macros beside those of common.cuh: M_TILES (1 or 2), QUERY_STAGES (of 128 queries, at least M_TILES).
 
-/// Maps of the driver over `(D, H, N or M, B)` of rows. Boxes are 64 rows of a head by 64 columns swizzled by 128 bytes, and by
-/// the 8 columns of a chunk for what is left of the head dim.
-struct alignas(64) Map {
-    u64 words[16];
-};
-struct RowMaps {
-    Map panels, chunks;
-};
+/// Of all rows.
 struct Maps {
     RowMaps query, key, value, output, output_gradient, query_gradient, key_gradient, value_gradient;
 };
 
-constexpr int GROUP_THREADS = 128, WALKING_GROUPS = 2, VALUE_GROUP = 2, KEY_GROUP = 3, THREADS = 4 * GROUP_THREADS;
-constexpr int BOX_ROWS = 64, KEY_BLOCK = BOX_ROWS, KEY_STAGES = 2, KEY_TILES = KEY_BLOCK / 8;
+constexpr int WALKING_GROUPS = 2, VALUE_GROUP = 2, KEY_GROUP = 3, THREADS = 4 * GROUP_THREADS;
+constexpr int KEY_BLOCK = BOX_ROWS, KEY_STAGES = 2, KEY_TILES = KEY_BLOCK / 8;
 constexpr int STAGE_ROWS = BOX_ROWS * WALKING_GROUPS;
 constexpr int QUERY_ROWS = STAGE_ROWS * M_TILES;
 constexpr int SLOTS = WALKING_GROUPS;  // of p with ds, one for each walking group
@@ -90,8 +83,6 @@ __device__ __forceinline__ u32 written(u32 shared, int slot, int what) {
 }
 __device__ __forceinline__ u32 taken(u32 shared, int slot, int what) { return written(shared, slot + SLOTS, what); }
 
-constexpr int GROUP_WARPS = GROUP_THREADS / 32;
-
 __device__ __forceinline__ void make_barriers(u32 shared) {
     make_barrier(upstream_arrived(shared), 1);
     // The key group's request, and the warps of the value group when they have made statistics.
@@ -105,70 +96,6 @@ __device__ __forceinline__ void make_barriers(u32 shared) {
             make_barrier(written(shared, slot, what), GROUP_WARPS);
             make_barrier(taken(shared, slot, what), GROUP_WARPS);
         }
-}
-
-/// Copies 64 rows of a head, from `first` on, to rows of a tile.
-template <class LAYOUT>
-__device__ __forceinline__ void copy_rows_of(
-    u32 tile, int row, const RowMaps &maps, int b, int h, int first, u32 barrier) {
-#pragma unroll
-    for (int panel = 0; panel < PANELS; panel++)
-        copy_box(tile + LAYOUT::PANEL_BYTES * panel + row * 128, &maps.panels, {panel * 64, h, first, b}, barrier);
-#pragma unroll
-    for (int chunk = 0; chunk < REST; chunk++)
-        copy_box(
-            tile + PANELS * LAYOUT::PANEL_BYTES + LAYOUT::CHUNK_BYTES * chunk + row * 16, &maps.chunks,
-            {PANELS * 64 + chunk * 8, h, first, b}, barrier);
-}
-
-/// The way back, of a tile of 64 rows, started by one thread.
-__device__ __forceinline__ void store_rows_of(u32 tile, const RowMaps &maps, int b, int h, int first) {
-#pragma unroll
-    for (int panel = 0; panel < PANELS; panel++)
-        store_box(tile + KeyLayout::PANEL_BYTES * panel, &maps.panels, {panel * 64, h, first, b});
-#pragma unroll
-    for (int chunk = 0; chunk < REST; chunk++)
-        store_box(
-            tile + PANELS * KeyLayout::PANEL_BYTES + KeyLayout::CHUNK_BYTES * chunk, &maps.chunks,
-            {PANELS * 64 + chunk * 8, h, first, b});
-    commit_boxes();
-}
-
-/// Every warp of a group arrives once.
-__device__ __forceinline__ void arrive_as_warp(u32 barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(barrier);
-}
-
-/// A stage of a ring, and how often the ring was gone through.
-template <int STAGES> struct Ring {
-    int stage = 0, round = 0;
-
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, round++;
-    }
-};
-
-/// The first of a warp's rows, and of a thread's, in their group's 64.
-__device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % 4 * 16; }
-__device__ __forceinline__ int own_row() { return warp_row() + threadIdx.x % 32 / 4; }
-
-/// Meets the group when all that it stored has left shared memory.
-__device__ __forceinline__ void meet_with_boxes_left(int group) {
-    if (threadIdx.x % GROUP_THREADS == 0) wait_boxes_left();
-    __syncwarp();
-    meet_group(group);
-}
-
-/// 64 rows of a group's results times `scale`, stored while the group goes on. The tile that they go by is free.
-__device__ __forceinline__ void store_results(
-    const float (&c)[CHUNKS][4], float scale, u32 tile, int group, const RowMaps &maps, int b, int h, int first) {
-    const float factor[2] = {scale, scale};
-    stage_rows<KeyLayout>(c, factor, tile, warp_row());
-    publish();
-    meet_group(group);
-    if (threadIdx.x % GROUP_THREADS == 0) store_rows_of(tile, maps, b, h, first);
-    __syncwarp();
 }
 
 /// What a block of threads works on at a time: a block of queries of a part of a head's. Found anew where it is needed, for the
@@ -260,7 +187,7 @@ struct Walk {
     int group, b, h, first_query;
 };
 
-/// 64 queries by 64 keys: p and ds to their slot, and `dq += ds k`, still under way at the end.
+/// 64 queries by 64 keys: p and ds to their slot, and `dq (+)= ds k`, still under way at the end.
 /// `before` is called when the products of earlier walks have ended.
 template <class Before>
 __device__ __forceinline__ void walk(
@@ -316,7 +243,7 @@ __device__ __forceinline__ void walk(
     publish();
     arrive_as_warp(written(shared, at.group, 1));
     begin_products();
-    multiply_columns<KeyLayout>(dq, left, keys);
+    multiply_columns<KeyLayout>(dq, left, keys, first_key > 0);
     commit_products();
 }
 
@@ -328,7 +255,6 @@ __device__ __forceinline__ void walk_all(const Arguments &a, const Maps &maps, u
     for (Visit visit; visit.valid(a); visit.next(a)) {
         const Walk at = {group, visit.b(a), visit.h(a), visit.first_query(a)};
         float dq[M_TILES][CHUNKS][4];
-        clear(dq);
         Ring<QUERY_STAGES> after = queries;
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {
@@ -353,8 +279,9 @@ __device__ __forceinline__ void walk_all(const Arguments &a, const Maps &maps, u
             hold(dq[m]);
             if (a.query_gradient.data == nullptr) continue;
             for (int what = 0; what < 2 && m > 0; what++) wait_barrier(taken(shared, group, what), round - 1);
+            const float factor[2] = {a.scale, a.scale};
             store_results(
-                dq[m], a.scale, staged_tile(shared, group, m), group, maps.query_gradient, at.b, at.h,
+                dq[m], factor, staged_tile(shared, group, m), group, maps.query_gradient, at.b, at.h,
                 at.first_query + m * STAGE_ROWS + group * 64);
         }
         arrive_as_warp(keys_left(shared, keys.stage));
@@ -490,8 +417,9 @@ __device__ __forceinline__ void finish_keys(
         const RowMaps &rows = keys ? maps.key_gradient : maps.value_gradient;
         const int group = keys ? KEY_GROUP : VALUE_GROUP;
         meet_with_boxes_left(group);
+        const float factor[2] = {scale, scale};
         store_results(
-            c, scale, staged_tile(shared, group), group, rows, at.b(a), at.h(a), block * KEY_BLOCK);
+            c, factor, staged_tile(shared, group), group, rows, at.b(a), at.h(a), block * KEY_BLOCK);
         return;
     }
     const i64 head = ((i64(keys ? 0 : a.parts) + at.part(a)) * a.batch + at.b(a)) * a.heads + at.h(a);

@@ -2,9 +2,9 @@
 //
 // Text after the prelude of all kernels. The launcher (mod.rs) puts a kernel's texts together:
 //   common rows mma softmax forward_mma                attention_forward_mma
-//   common rows hopper wgmma softmax forward_wgmma     attention_forward_wgmma
+//   common rows hopper wgmma boxes softmax forward_wgmma   attention_forward_wgmma
 //   common rows mma partial gradient backward_mma      attention_backward_mma
-//   common rows hopper wgmma partial backward_wgmma    attention_backward_wgmma
+//   common rows hopper wgmma boxes partial backward_wgmma  attention_backward_wgmma
 //   common reduce                                      attention_reduce_rows, attention_reduce_bias
 //   common generic                                     attention_*_generic
 // Macros that every one of them takes:

@@ -78,9 +78,19 @@ impl Geometry {
         Launch::new(grid, self.threads).shared(self.shared)
     }
 
-    pub(super) fn forward(family: Family, dim: usize, properties: &Properties) -> Self {
+    /// `heads` are those of all images.
+    pub(super) fn forward(
+        family: Family,
+        dim: usize,
+        queries: usize,
+        heads: usize,
+        properties: &Properties,
+    ) -> Self {
         match family {
-            Family::Warpgroups => Self::forward_of_warpgroups(dim),
+            Family::Warpgroups => {
+                let few = heads * queries.div_ceil(256) < properties.multiprocessors;
+                Self::forward_of_warpgroups(dim, few || queries <= 128)
+            }
             Family::Warps => Self::forward_of_warps(dim),
             Family::Plain => Self::first_that_fits(Self::all_plain(dim), properties.shared_memory_per_block),
         }
@@ -92,7 +102,7 @@ impl Geometry {
             Family::Warps => {
                 Self::first_that_fits(Self::all_backward_of_warps(dim), properties.shared_memory_per_block)
             }
-            Family::Plain => Self::forward(family, dim, properties),
+            Family::Plain => Self::first_that_fits(Self::all_plain(dim), properties.shared_memory_per_block),
         }
     }
 
@@ -103,20 +113,20 @@ impl Geometry {
         all.swap_remove(first)
     }
 
-    pub(super) fn forward_of_warpgroups(dim: usize) -> Self {
-        let (groups, key_block, stages) = (2, 64, 4);
-        // Two blocks on a multiprocessor, while their registers and tiles fit.
-        let blocks = if dim <= 80 { 2 } else { 1 };
-        let rows = 64 * groups;
+    /// `few` queries, of all heads, are dealt to smaller blocks of threads, so that they fill the device.
+    pub(super) fn forward_of_warpgroups(dim: usize, few: bool) -> Self {
+        // Narrow heads leave four groups the registers that they need.
+        let (groups, registers) = if few || dim > 80 { (2, 240) } else { (4, 112) };
+        let (key_block, stages) = (64, if dim > 80 { 4 } else { 6 });
         let macros = vec![
             ("GROUPS", groups),
             ("M_TILES", 1),
             ("KEY_BLOCK", key_block),
             ("STAGES", stages),
-            ("MIN_BLOCKS", blocks),
+            ("GROUP_REGISTERS", registers),
         ];
-        let shared = 2 * dim * (rows + 2 * stages * key_block) + 16 * key_block + 16 * stages;
-        Self { macros, rows, threads: 128 * groups, shared }
+        let shared = 128 * dim * (2 * groups + 2 * stages) + 1024 + 16 * (2 + stages);
+        Self { macros, rows: 64 * groups, threads: 128 * (groups + 1), shared }
     }
 
     pub(super) fn backward_of_warpgroups(dim: usize, queries: usize) -> Self {
@@ -216,7 +226,9 @@ mod tests {
     fn shared_memory_fits_the_devices() {
         for dim in (8..=128).step_by(8) {
             let hopper = 232_448;
-            assert!(Geometry::forward_of_warpgroups(dim).shared <= hopper);
+            assert!(
+                [false, true].iter().all(|few| Geometry::forward_of_warpgroups(dim, *few).shared <= hopper)
+            );
             if Family::Warpgroups.backward(dim) == Family::Warpgroups {
                 assert!(Geometry::backward_of_warpgroups(dim, 256).shared <= hopper);
             }

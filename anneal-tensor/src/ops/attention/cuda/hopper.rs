@@ -1,10 +1,13 @@
-//! The gradients by warpgroups on Hopper: maps for the copy engine, parts of queries, sums over them.
+//! Attention by warpgroups on Hopper: maps for the copy engine; gradients in parts of queries, sums over them.
 
 use anneal_device::cuda::{Arguments, Boxes, TensorMap};
 use anneal_device::{CudaDevice, Purpose};
 
 use super::geometry::{self, Family, Geometry};
-use super::{Attention, BACKWARD_WGMMA, Gradients, Operands, Parameters, Saved, Sizes, reduce_rows, start};
+use super::{
+    Attention, BACKWARD_WGMMA, FORWARD_WGMMA, Gradients, Operands, Parameters, Saved, Sizes, reduce_rows,
+    start,
+};
 use crate::{DType, Result, Tensor};
 
 const BOX_ROWS: usize = 64;
@@ -23,6 +26,24 @@ fn maps_of(cuda: &CudaDevice, rows: &Tensor) -> Result<[TensorMap; 2]> {
         cuda.tensor_map(&Boxes { address: rows.address(), element, sizes, strides, sides })
     });
     Ok([panels?, chunks?])
+}
+
+pub(super) fn forward(
+    cuda: &CudaDevice,
+    operands: &Operands,
+    output: &Tensor,
+    macros: &[(&'static str, String)],
+    geometry: &Geometry,
+    parameters: Parameters,
+) -> Result<()> {
+    let [query, key, value] =
+        [&operands.query, &operands.key, &operands.value].map(|rows| maps_of(cuda, rows));
+    let maps = [query?, key?, value?, maps_of(cuda, output)?];
+    let [batch, queries, heads] = [0, 1, 2].map(|axis| output.size(axis));
+    let visits = queries.div_ceil(geometry.rows) * heads * batch;
+    let launch = geometry.launch([visits.min(cuda.properties().multiprocessors), 1, 1]);
+    let arguments = Arguments::new().with(parameters).with(maps);
+    start(cuda, (&FORWARD_WGMMA, "attention_forward_wgmma"), macros, launch, arguments)
 }
 
 /// One kernel makes all gradients; where it deals the queries to several parts, another adds their `dk` and `dv`.

@@ -26,7 +26,7 @@ macro_rules! source {
 }
 
 const FORWARD_MMA: Source = source!("forward_mma", "common.cuh", "rows.cuh", "mma.cuh", "softmax.cuh"; include_str!("forward_mma.cu"));
-const FORWARD_WGMMA: Source = source!("forward_wgmma", "common.cuh", "rows.cuh", "../../hopper.cuh", "wgmma.cuh", "softmax.cuh"; include_str!("forward_wgmma.cu"));
+const FORWARD_WGMMA: Source = source!("forward_wgmma", "common.cuh", "rows.cuh", "../../hopper.cuh", "wgmma.cuh", "boxes.cuh", "softmax.cuh"; include_str!("forward_wgmma.cu"));
 const BACKWARD_MMA: Source = source!(
     "backward_mma",
     "common.cuh",
@@ -40,6 +40,7 @@ const BACKWARD_WGMMA: Source = source!(
     "rows.cuh",
     "../../hopper.cuh",
     "wgmma.cuh",
+    "boxes.cuh",
     "partial.cuh"; include_str!("backward_wgmma.cu"));
 const REDUCE: Source = source!("reduce", "common.cuh"; include_str!("reduce.cu"));
 const GENERIC: Source = source!("generic", "common.cuh"; include_str!("generic.cu"));
@@ -171,15 +172,15 @@ pub(super) fn forward(
         return clear(cuda, output);
     }
     let family = Family::of(cuda.properties(), &[&operands.query, &operands.key, &operands.value, output]);
-    let geometry = Geometry::forward(family, dim, cuda.properties());
-    let kernel = match family {
-        Family::Warpgroups => (&FORWARD_WGMMA, "attention_forward_wgmma"),
-        Family::Warps => (&FORWARD_MMA, "attention_forward_mma"),
-        Family::Plain => (&GENERIC, "attention_forward_generic"),
-    };
+    let geometry = Geometry::forward(family, dim, queries, batch * heads, cuda.properties());
     let macros = [of_operands(dim, operands), geometry.macros()].concat();
     let parameters = Parameters::new(op, operands, output, log_sums);
-    let launch = geometry.launch([queries.div_ceil(geometry.rows), heads, batch]);
+    let blocks = queries.div_ceil(geometry.rows);
+    let (kernel, launch) = match family {
+        Family::Warpgroups => return hopper::forward(cuda, operands, output, &macros, &geometry, parameters),
+        Family::Warps => ((&FORWARD_MMA, "attention_forward_mma"), geometry.launch([blocks, heads, batch])),
+        Family::Plain => ((&GENERIC, "attention_forward_generic"), geometry.launch([blocks, heads, batch])),
+    };
     start(cuda, kernel, &macros, launch, Arguments::new().with(parameters))
 }
 
@@ -341,7 +342,9 @@ pub(in crate::ops) fn variants() -> Vec<Variant> {
         for geometry in Geometry::all_backward_of_warps(dim) {
             all.push(variant(BACKWARD_MMA, &common, geometry));
         }
-        all.push(variant(FORWARD_WGMMA, &common, Geometry::forward_of_warpgroups(dim)));
+        for few in [false, true] {
+            all.push(variant(FORWARD_WGMMA, &common, Geometry::forward_of_warpgroups(dim, few)));
+        }
     }
     for (dtype, bias) in [(DType::F32, None), (DType::BF16, Some(DType::F16))] {
         let common = macros(36, dtype, bias);

@@ -86,12 +86,10 @@ __device__ __forceinline__ void softmax_block(RowState &state, float (&s)[M_TILE
         }
 }
 
-/// Stores outputs and log-sums; `tile` has room for the rows of all warps.
-template <class LAYOUT>
-__device__ __forceinline__ void finish(
-    const RowState &state, const Arguments &a, const Position &at, u32 tile, float factor) {
+/// What outputs are to be multiplied by in the end, for each of a thread's rows; stores log-sums.
+__device__ __forceinline__ void last_factors(
+    const RowState &state, float (&inverse)[M_TILES][2], const Arguments &a, const Position &at, float factor) {
     const int first = at.first_query + at.warp * WARP_ROWS;
-    float inverse[M_TILES][2];
 #pragma unroll
     for (int m = 0; m < M_TILES; m++)
 #pragma unroll
@@ -104,9 +102,17 @@ __device__ __forceinline__ void finish(
             const float log_sum = (state.maximum[m][i] * factor + log2f(sum)) / LOG2_E;
             a.log_sums[head_index(a, at.b, at.h) + row] = sum == 0.0f ? INFINITY_F32 : log_sum;
         }
+}
+
+/// Stores outputs and log-sums; `tile` has room for the rows of all warps.
+template <class LAYOUT>
+__device__ __forceinline__ void finish(
+    const RowState &state, const Arguments &a, const Position &at, u32 tile, float factor) {
+    float inverse[M_TILES][2];
+    last_factors(state, inverse, a, at, factor);
     store_rows<LAYOUT>(
-        state.output, inverse, tile, at.warp * WARP_ROWS, head_of(a.output, at.b, at.h), a.output.token, first,
-        a.queries);
+        state.output, inverse, tile, at.warp * WARP_ROWS, head_of(a.output, at.b, at.h), a.output.token,
+        at.first_query + at.warp * WARP_ROWS, a.queries);
 }
 
 __device__ __forceinline__ void clear_state(RowState &state) {

@@ -56,10 +56,10 @@ __device__ __forceinline__
     }
 }
 
-/// `c += a rows`, `a` being `STEPS` fragments side by side: 64 x 16 STEPS times the first rows of a tile, all columns.
+/// `c (+)= a rows`, `a` being `STEPS` fragments side by side: 64 x 16 STEPS times the first rows of a tile, all columns.
 template <class LAYOUT, int STEPS>
 __device__ __forceinline__ void multiply_columns(
-    float (&c)[CHUNKS][4], const u32 (&a)[STEPS][1][4], u32 tile) {
+    float (&c)[CHUNKS][4], const u32 (&a)[STEPS][1][4], u32 tile, bool add) {
     const Operand panels = panel_operand(tile);
     const Operand rest = chunk_operand(tile + PANELS * LAYOUT::PANEL_BYTES, 128, LAYOUT::CHUNK_BYTES);
 #pragma unroll
@@ -67,10 +67,10 @@ __device__ __forceinline__ void multiply_columns(
 #pragma unroll
         for (int panel = 0; panel < PANELS; panel++)
             Product<8>::registers<1>(
-                part<8>(c, 8 * panel), a[k][0], panels.at(panel * LAYOUT::PANEL_BYTES + k * 16 * 128), 1);
+                part<8>(c, 8 * panel), a[k][0], panels.at(panel * LAYOUT::PANEL_BYTES + k * 16 * 128), add || k > 0);
         if constexpr (REST > 0)
             Product<REST_TILES>::template registers<1>(
-                part<REST_TILES>(c, CHUNKS - REST_TILES), a[k][0], rest.at(k * 16 * 16), 1);
+                part<REST_TILES>(c, CHUNKS - REST_TILES), a[k][0], rest.at(k * 16 * 16), add || k > 0);
     }
 }
 
