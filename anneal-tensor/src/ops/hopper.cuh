@@ -72,9 +72,9 @@ template <int TILES> struct Product;
     "+f"(c[n + 1][0]), "+f"(c[n + 1][1]), "+f"(c[n + 1][2]), "+f"(c[n + 1][3]), \
     "+f"(c[n + 2][0]), "+f"(c[n + 2][1]), "+f"(c[n + 2][2]), "+f"(c[n + 2][3]), \
     "+f"(c[n + 3][0]), "+f"(c[n + 3][1]), "+f"(c[n + 3][2]), "+f"(c[n + 3][3])
+#define RESULTS_16(c) FOUR_RESULTS(c, 0), FOUR_RESULTS(c, 4), FOUR_RESULTS(c, 8), FOUR_RESULTS(c, 12)
 #define RESULTS_32(c) \
-    FOUR_RESULTS(c, 0), FOUR_RESULTS(c, 4), FOUR_RESULTS(c, 8), FOUR_RESULTS(c, 12), \
-    FOUR_RESULTS(c, 16), FOUR_RESULTS(c, 20), FOUR_RESULTS(c, 24), FOUR_RESULTS(c, 28)
+    RESULTS_16(c), FOUR_RESULTS(c, 16), FOUR_RESULTS(c, 20), FOUR_RESULTS(c, 24), FOUR_RESULTS(c, 28)
 #define NAMES_1 "%0,%1,%2,%3"
 #define NAMES_2 NAMES_1 ",%4,%5,%6,%7"
 #define NAMES_3 NAMES_2 ",%8,%9,%10,%11"
@@ -83,11 +83,13 @@ template <int TILES> struct Product;
 #define NAMES_6 NAMES_5 ",%20,%21,%22,%23"
 #define NAMES_7 NAMES_6 ",%24,%25,%26,%27"
 #define NAMES_8 NAMES_7 ",%28,%29,%30,%31"
-#define NAMES_32 \
+#define NAMES_16 \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
-    "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63," \
+    "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define NAMES_32 \
+    NAMES_16 "," \
     "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
     "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95," \
     "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
@@ -126,6 +128,7 @@ DEFINE_PRODUCT(5, 40, "%20", "%21", "%22", "%23", "%24", "%25", "%26")
 DEFINE_PRODUCT(6, 48, "%24", "%25", "%26", "%27", "%28", "%29", "%30")
 DEFINE_PRODUCT(7, 56, "%28", "%29", "%30", "%31", "%32", "%33", "%34")
 DEFINE_PRODUCT(8, 64, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+DEFINE_PRODUCT(16, 128, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 DEFINE_PRODUCT(32, 256, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 // Barriers in shared memory, 8 bytes each: waiting for a phase without stopping where all threads meet.

@@ -26,11 +26,11 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(blocks: &RowBlocks, rows: &[&Tensor], gate: &Tensor) -> Self {
+    fn new(cuda: &CudaDevice, blocks: &RowBlocks, rows: &[&Tensor], gate: &Tensor) -> Self {
         let dtype = rows[0].dtype();
         let pack = pack(blocks.width, dtype, rows.iter().copied(), [gate].into_iter());
         let threads = blocks.width.div_ceil(pack).next_multiple_of(32).clamp(32, MOST_THREADS);
-        let runs = Runs::new(blocks, threads / 32, ROWS);
+        let runs = Runs::new(blocks, threads / 32, ROWS, cuda.properties().multiprocessors);
         Self { runs, threads, macros: macros(dtype, gate.dtype(), pack) }
     }
 
@@ -55,7 +55,7 @@ pub(super) fn forward(
     if output.elements() == 0 {
         return Ok(());
     }
-    let plan = Plan::new(blocks, &[x, branch, output], gate);
+    let plan = Plan::new(cuda, blocks, &[x, branch, output], gate);
     let kernel = cuda.kernel(&SOURCE, "gate_residual", &plan.macros)?;
     let mut arguments = Arguments::new().with(x.address()).with(branch.address()).with(output.address());
     push_vector(&mut arguments, Some(gate));
@@ -76,7 +76,7 @@ pub(super) fn backward(
     if blocks.groups * blocks.width == 0 {
         return Ok(());
     }
-    let plan = Plan::new(blocks, &[gradient, branch, branch_gradient], gate);
+    let plan = Plan::new(cuda, blocks, &[gradient, branch, branch_gradient], gate);
     let partial = plan.runs.partial_sums(gradient.device(), 1)?;
     let kernel = cuda.kernel(&SOURCE, "gate_residual_backward", &plan.macros)?;
     let mut arguments = Arguments::new();

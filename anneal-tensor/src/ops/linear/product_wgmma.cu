@@ -9,8 +9,8 @@
 // transpose (64, TILE_COLUMNS / 2). bias [columns], or null; y, p, h [rows, columns]; all contiguous, rows of whole 16
 // bytes; partials [tiles of rows, columns].
 //
-// Grid: clusters of two blocks, as many as run at once; 384 threads. Of a block's first four warps one copies tiles in, and
-// three do the epilogue of a tile while the other eight are at the next one: these multiply, 64 rows a warpgroup. Results
+// Grid: clusters of two blocks, as many as run at once; 512 threads. Of a block's first eight warps one copies tiles in, and
+// six do the epilogue of a tile while the other eight are at the next one: these multiply, 64 rows a warpgroup. Results
 // go to the epilogue by way of shared memory, rounded to elements: so it costs the matrix units only the time of writing
 // 64 KB there, however long it waits for device memory. The two blocks of a cluster work on neighbouring tiles of rows and
 // the same columns, and each copies half of B for both.
@@ -19,16 +19,20 @@
 typedef ELEMENT T;
 constexpr int CLUSTER = 2;
 constexpr int TILE_ROWS = 128, TILE_COLUMNS = 256, TILE_DEPTH = 64, HALF_ROWS = 64;
-constexpr int STAGES = 3, MULTIPLYING_GROUPS = 2;
+constexpr int STAGES = 3, MULTIPLYING_GROUPS = 2, FIRST_MULTIPLYING = 256, THREADS = 512;
+// Of a thread: what those that multiply need is given by the others.
+constexpr int MULTIPLYING_REGISTERS = 168, OTHER_REGISTERS = 88;
 constexpr int A_BYTES = TILE_ROWS * TILE_DEPTH * 2, STAGE_BYTES = A_BYTES + TILE_COLUMNS * TILE_DEPTH * 2;
 // A panel: 64 elements (128 bytes) of each of 64 rows of memory.
 constexpr int PANEL_BYTES = 64 * 128;
+// Columns of one product: all at once would not fit the registers that the compiler grants before some are given away.
+constexpr int SIDE = TILE_COLUMNS / 2, SIDE_BYTES = SIDE * TILE_DEPTH * 2;
 
 // In the epilogue neighbours take 8 columns each of a row, all threads ROWS_TOGETHER rows, and a thread two such passes
 // at once, PAIRS times for a tile. Its arguments are copied AHEAD pairs before it needs them.
-constexpr int FINISHING_THREADS = 96, LANES = TILE_COLUMNS / 8, ROWS_TOGETHER = FINISHING_THREADS / LANES;
+constexpr int FINISHING_THREADS = 192, LANES = TILE_COLUMNS / 8, ROWS_TOGETHER = FINISHING_THREADS / LANES;
 static_assert(FINISHING_THREADS % LANES == 0, "every thread of the epilogue has work");
-constexpr int PAIRS = (TILE_ROWS + 2 * ROWS_TOGETHER - 1) / (2 * ROWS_TOGETHER), AHEAD = 5;
+constexpr int PAIRS = (TILE_ROWS + 2 * ROWS_TOGETHER - 1) / (2 * ROWS_TOGETHER), AHEAD = 2;
 // The pair that is the first to need the second half of a tile, and the last to need the first.
 constexpr int FIRST_OF_SECOND = HALF_ROWS / ROWS_TOGETHER / 2, LAST_OF_FIRST = (HALF_ROWS - 1) / ROWS_TOGETHER / 2;
 
@@ -96,7 +100,7 @@ __device__ __forceinline__ void copy_tiles(u32 base, const Map *a, const Map *b,
 }
 
 /// Rounds 64 rows of results, and puts them where the epilogue takes them. `bias` is in shared memory, or zero.
-__device__ __forceinline__ void stage_results(const float (&c)[TILE_COLUMNS / 8][4], u32 base, int half, u32 bias) {
+__device__ __forceinline__ void stage_results(const float (&c)[2][SIDE / 8][4], u32 base, int half, u32 bias) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     // A lane's row and chunk in the four 8 x 8 matrices that are stored together: rows 0 and 8, chunks n and n + 1.
     const int row = half * HALF_ROWS + warp * 16 + lane % 16, chunk = lane / 16;
@@ -110,8 +114,9 @@ __device__ __forceinline__ void stage_results(const float (&c)[TILE_COLUMNS / 8]
                 const u32 pair = load_word(bias + (n + m) * 16 + lane % 4 * 4);
                 add[0] = half_of_word<T>(pair, 0), add[1] = half_of_word<T>(pair, 1);
             }
-            words[2 * m] = word_of_pair<T>(c[n + m][0] + add[0], c[n + m][1] + add[1]);
-            words[2 * m + 1] = word_of_pair<T>(c[n + m][2] + add[0], c[n + m][3] + add[1]);
+            const float(&sums)[4] = c[(n + m) / (SIDE / 8)][(n + m) % (SIDE / 8)];
+            words[2 * m] = word_of_pair<T>(sums[0] + add[0], sums[1] + add[1]);
+            words[2 * m + 1] = word_of_pair<T>(sums[2] + add[0], sums[3] + add[1]);
         }
         store_matrices(staged(base, row, n + chunk), words);
     }
@@ -120,7 +125,7 @@ __device__ __forceinline__ void stage_results(const float (&c)[TILE_COLUMNS / 8]
 /// A multiplying group: 64 rows of each tile.
 __device__ __forceinline__ void multiply_tiles(u32 base, bool biased, int half, const Tiles &tiles) {
     const int thread = threadIdx.x % 128;
-    float c[TILE_COLUMNS / 8][4];
+    float c[2][SIDE / 8][4];
     int stage = 0, phase = 0, staged_phase = 0, bias_place = 0;
     const Operand a = panel_operand(base + half * PANEL_BYTES);
     const Operand b = BACKWARD ? panels_operand(base + A_BYTES, PANEL_BYTES) : panel_operand(base + A_BYTES);
@@ -130,9 +135,11 @@ __device__ __forceinline__ void multiply_tiles(u32 base, bool biased, int half, 
             begin_products();
 #pragma unroll
             for (int k = 0; k < TILE_DEPTH / 16; k++)
-                Product<TILE_COLUMNS / 8>::shared<0, BACKWARD>(
-                    c, a.at(stage * STAGE_BYTES + k * 32), b.at(stage * STAGE_BYTES + k * (BACKWARD ? 2048 : 32)),
-                    step > 0 || k > 0);
+#pragma unroll
+                for (int side = 0; side < 2; side++)
+                    Product<SIDE / 8>::shared<0, BACKWARD>(
+                        c[side], a.at(stage * STAGE_BYTES + k * 32),
+                        b.at(stage * STAGE_BYTES + side * SIDE_BYTES + k * (BACKWARD ? 2048 : 32)), step > 0 || k > 0);
             commit_products();
             // The products of the stage before have ended: its place is free in both blocks.
             wait_products<1>();
@@ -294,7 +301,7 @@ __device__ __forceinline__ void finish_tiles(
 #define CLUSTERS
 #endif
 
-extern "C" __global__ void CLUSTERS __launch_bounds__(384, 1)
+extern "C" __global__ void CLUSTERS __launch_bounds__(THREADS, 1)
 product_wgmma(const __grid_constant__ Map a, const __grid_constant__ Map b, const T *bias, T *y, T *p, T *h,
               float *partials, int rows, int columns, int depth) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere an empty kernel that nobody starts
@@ -321,12 +328,14 @@ product_wgmma(const __grid_constant__ Map a, const __grid_constant__ Map b, cons
     tiles.column_tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
     tiles.count = (rows + CLUSTER * TILE_ROWS - 1) / (CLUSTER * TILE_ROWS) * tiles.column_tiles;
     tiles.first = blockIdx.x / CLUSTER, tiles.stride = gridDim.x / CLUSTER;
-    if (threadIdx.x >= 128) {
-        multiply_tiles(base, bias != nullptr, threadIdx.x / 128 - 1, tiles);
-    } else if (threadIdx.x >= 32) {
-        finish_tiles(base, memory, y, p, h, partials, tiles);
-    } else if (threadIdx.x == 0) {
-        copy_tiles(base, &a, &b, bias, tiles);
+    if (threadIdx.x >= FIRST_MULTIPLYING) {
+        take_registers<MULTIPLYING_REGISTERS>();
+        multiply_tiles(base, bias != nullptr, (threadIdx.x - FIRST_MULTIPLYING) / 128, tiles);
+    } else {
+        give_registers<OTHER_REGISTERS>();
+        if (threadIdx.x == 0) copy_tiles(base, &a, &b, bias, tiles);
+        if (threadIdx.x >= 32 && threadIdx.x < 32 + FINISHING_THREADS)
+            finish_tiles(base, memory, y, p, h, partials, tiles);
     }
     // A block that ended early could be copied to by the other.
     __syncwarp();

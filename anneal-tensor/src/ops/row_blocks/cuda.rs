@@ -1,7 +1,7 @@
 //! What kernels over rows share on a GPU: how rows are cut into runs, how many elements a thread
 //! loads together, and the sums of runs added up.
 //!
-//! Contract: the cut depends on the shape alone, and so do the bits of every sum.
+//! Contract: the cut depends on the shape and the number of multiprocessors, and so do the bits of every sum.
 
 use anneal_device::cuda::{Arguments, Launch, Source, Variant};
 use anneal_device::{CudaDevice, Purpose};
@@ -13,11 +13,15 @@ use crate::{DType, Device, Result, Tensor};
 
 const SOURCE: Source = Source { name: "row_blocks", code: include_str!("kernel.cu") };
 
-/// Warps of all runs together: enough to fill the largest GPUs, while the sums of runs, which are
-/// written and read once more, stay small beside the rows.
-const WANTED_WARPS: usize = 2560;
-/// A run has at least about this many rows, for the same reason.
+/// Warps of these kernels that a multiprocessor runs at once: 168 registers for each thread.
+pub(in crate::ops) const RESIDENT_WARPS: usize = 12;
+/// A run has at least about this many rows, so that the sums of runs, which are written and read once more, stay small
+/// beside the rows.
 const LEAST_ROWS: usize = 16;
+/// What beginning and ending a run takes, in rows.
+const RUN_COST: usize = 8;
+/// Runs are so many that the device goes through them at most so many times.
+const MOST_WAVES: usize = 4;
 /// Runs of a group from which on several slices of a block share them.
 const MANY_RUNS: usize = 16;
 
@@ -34,12 +38,15 @@ pub(in crate::ops) struct Runs {
 }
 
 impl Runs {
-    /// For blocks of `warps` warps that work on `together` rows at a time.
-    pub fn new(blocks: &RowBlocks, warps: usize, together: usize) -> Self {
+    /// For blocks of `warps` warps that work on `together` rows at a time, on a device of so many multiprocessors: the runs that
+    /// are over first, where those of a last wave that leaves most of the device idle count as whole ones.
+    pub fn new(blocks: &RowBlocks, warps: usize, together: usize, multiprocessors: usize) -> Self {
         let (groups, rows) = (blocks.groups, blocks.rows);
-        let wanted = WANTED_WARPS / warps / groups.max(1);
-        let most = rows.div_ceil(LEAST_ROWS);
-        let run = rows.div_ceil(wanted.min(most).max(1)).next_multiple_of(together).max(1);
+        let at_once = multiprocessors * (RESIDENT_WARPS / warps).max(1);
+        let most = rows.div_ceil(LEAST_ROWS).min(MOST_WAVES * at_once / groups.max(1)).max(1);
+        let run_of = |parts: usize| rows.div_ceil(parts).next_multiple_of(together).max(1);
+        let cost = |run: usize| (groups * rows.div_ceil(run)).div_ceil(at_once) * (run + RUN_COST);
+        let run = (1..=most).map(run_of).min_by_key(|run| cost(*run)).expect("there is at least one");
         Self { groups, rows, width: blocks.width, run, per_group: rows.div_ceil(run).max(1) }
     }
 

@@ -6,7 +6,7 @@ use crate::kernels::element;
 use crate::ops::cast;
 use crate::ops::gradient_target::GradientTarget;
 use crate::ops::row_blocks::RowBlocks;
-use crate::ops::row_blocks::cuda::{Runs, address, pack, push_vector, sum_runs};
+use crate::ops::row_blocks::cuda::{RESIDENT_WARPS, Runs, address, pack, push_vector, sum_runs};
 use crate::{DType, Result, Tensor};
 
 const FORWARD: Source = Source { name: "row_norm/forward", code: include_str!("forward.cu") };
@@ -14,6 +14,9 @@ const BACKWARD: Source = Source { name: "row_norm/backward", code: include_str!(
 
 /// Elements of a row that a thread of the forward kernel may hold; wider rows get more warps.
 const HELD: usize = 48;
+/// The same of few rows, and what is few for a multiprocessor.
+const FEW_HELD: usize = 16;
+const FEW_ROWS: usize = 16;
 
 /// What a kernel is compiled for.
 #[derive(Clone, Copy)]
@@ -46,11 +49,17 @@ struct Team {
 }
 
 impl Team {
-    fn new(kind: Kind) -> Self {
+    /// `few` rows do not fill the device: each gets more warps, so that a thread has less to do one after the other.
+    fn new(kind: Kind, few: bool) -> Self {
         let iterations = |warps: usize| kind.width.div_ceil(32 * warps * kind.pack);
-        let wide = |warps: &usize| iterations(*warps) * kind.pack <= HELD;
+        let held = if few { FEW_HELD } else { HELD };
+        let wide = |warps: &usize| iterations(*warps) * kind.pack <= held;
         let warps = [1, 2, 4, 8, 16].into_iter().find(wide).unwrap_or(32);
         Self { warps, iterations: iterations(warps) }
+    }
+
+    fn of_rows(kind: Kind, rows: usize, cuda: &CudaDevice) -> Self {
+        Self::new(kind, rows < FEW_ROWS * cuda.properties().multiprocessors)
     }
 
     fn macros(&self, kind: Kind) -> Vec<(&'static str, String)> {
@@ -92,8 +101,7 @@ impl Columns {
 
     /// With a branch, and with a gradient of z as an output.
     fn macros(&self, kind: Kind, gated: bool, direct: bool) -> Vec<(&'static str, String)> {
-        // 12 warps a multiprocessor leave each thread 168 registers, which hold what it works on.
-        let blocks = (384 / self.threads).max(1);
+        let blocks = (RESIDENT_WARPS * 32 / self.threads).max(1);
         kind.macros(&[
             ("THREADS", self.threads),
             ("ITERATIONS", self.iterations),
@@ -125,7 +133,7 @@ pub(super) fn forward(cuda: &CudaDevice, op: &RowNorm, job: &Forward) -> Result<
     let vectors = [scale.as_ref(), shift.as_ref(), gate.as_ref()];
     let (branch, sum) = job.gated.unzip();
     let kind = Kind::new(width, &[Some(job.x), branch, sum, Some(job.output)], &vectors);
-    let team = Team::new(kind);
+    let team = Team::of_rows(kind, groups * rows, cuda);
     let kernel = cuda.kernel(&FORWARD, "normalize", &team.macros(kind))?;
     let mut arguments = Arguments::new().with(job.x.address());
     for tensor in [branch, sum, Some(job.output), job.statistics] {
@@ -147,7 +155,7 @@ pub(super) fn again(cuda: &CudaDevice, job: &Again) -> Result<()> {
     let [scale, shift, _] = of_one_dtype(job.vectors)?;
     let vectors = [scale.as_ref(), shift.as_ref()];
     let kind = Kind::new(width, &[Some(job.z), Some(job.output)], &vectors);
-    let team = Team::new(kind);
+    let team = Team::of_rows(kind, groups * rows, cuda);
     let kernel = cuda.kernel(&FORWARD, "normalize_again", &team.macros(kind))?;
     let mut arguments = Arguments::new();
     for tensor in [job.z, job.statistics, job.output] {
@@ -179,7 +187,7 @@ pub(super) fn backward(
         [Some(job.z), Some(job.gradient), job.sum_gradient, Some(job.z_gradient), branch, branch_gradient];
     let kind = Kind::new(width, &rows, &vectors);
     let columns = Columns::new(kind);
-    let runs = Runs::new(job.blocks, columns.threads / 32, columns.rows);
+    let runs = Runs::new(job.blocks, columns.threads / 32, columns.rows, cuda.properties().multiprocessors);
     let partial = runs.partial_sums(job.z.device(), if branch.is_some() { 3 } else { 2 })?;
     let kernel = cuda.kernel(
         &BACKWARD,
@@ -216,7 +224,8 @@ pub(in crate::ops) fn variants() -> Vec<Variant> {
     let mut all = Vec::new();
     for (element, vector, width, pack) in kinds {
         let kind = Kind { element, vector, pack, width };
-        all.push(Variant { source: FORWARD, macros: Team::new(kind).macros(kind) });
+        let teams = [false, true].map(|few| Team::new(kind, few).macros(kind));
+        all.extend(teams.map(|macros| Variant { source: FORWARD, macros }));
         let backward = |(gated, direct)| Columns::new(kind).macros(kind, gated, direct);
         let forms = [(false, false), (true, false), (true, true)].map(backward);
         all.extend(forms.map(|macros| Variant { source: BACKWARD, macros }));

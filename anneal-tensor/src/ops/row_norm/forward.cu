@@ -32,43 +32,62 @@ __device__ __forceinline__ float team_sum(float value, float *scratch) {
     return sum;
 }
 
-// A vector's values, zeros if there is none.
-__device__ __forceinline__ Held<VECTOR, PACK> load_vector(const VECTOR *row, int column) {
-    return row ? hold<PACK>(row + column) : Held<VECTOR, PACK>{};
-}
-
-__device__ __forceinline__ void store_normal(
-    ELEMENT *y, const Held<ELEMENT, PACK> &z, float2 statistics, const VECTOR *scale, const VECTOR *shift, int column,
-    float base) {
-    Held<VECTOR, PACK> multiplier = load_vector(scale, column), offset = load_vector(shift, column);
-    float out[PACK];
-#pragma unroll
-    for (int k = 0; k < PACK; ++k)
-        out[k] = fmaf((z[k] - statistics.x) * statistics.y, base + multiplier[k], offset[k]);
-    store_held<PACK>(y + column, rounded<ELEMENT>(out));
-}
-
-// A thread's packs of a row; zeros outside of it.
-__device__ __forceinline__ void load_row(
-    Held<ELEMENT, PACK> (&to)[ITERATIONS], const ELEMENT *row, int lane, int width) {
+// A thread's packs of a row; zeros outside of it, and without one.
+template <typename T>
+__device__ __forceinline__ void load_row(Held<T, PACK> (&to)[ITERATIONS], const T *row, int lane, int width) {
 #pragma unroll
     for (int i = 0; i < ITERATIONS; ++i) {
         int column = (i * TEAM + lane) * PACK;
-        to[i] = Held<ELEMENT, PACK>{};
-        if (inside(i, column, width)) to[i] = hold<PACK>(row + column);
+        to[i] = Held<T, PACK>{};
+        if (row && inside(i, column, width)) to[i] = hold<PACK>(row + column);
+    }
+}
+
+// A vector of a row's group: in registers from the start where a thread has few packs, so that nothing waits for it in the
+// end; else loaded where it is used, which leaves room for more threads.
+struct GroupVector {
+    static constexpr bool EARLY = ITERATIONS <= 2;
+    const VECTOR *row;
+    Held<VECTOR, PACK> values[ITERATIONS];
+
+    __device__ __forceinline__ GroupVector(const VECTOR *vectors, i64 offset, int lane, int width)
+        : row(vectors ? vectors + offset : nullptr) {
+        if (EARLY) load_row(values, row, lane, width);
+    }
+
+    // Zeros if there is none.
+    __device__ __forceinline__ Held<VECTOR, PACK> pack(int iteration, int column) const {
+        if (EARLY) return values[iteration];
+        return row ? hold<PACK>(row + column) : Held<VECTOR, PACK>{};
+    }
+};
+
+__device__ __forceinline__ void store_normal(
+    ELEMENT *y, const Held<ELEMENT, PACK> (&z)[ITERATIONS], float2 statistics, const GroupVector &scale,
+    const GroupVector &shift, int lane, int width, float base) {
+#pragma unroll
+    for (int i = 0; i < ITERATIONS; ++i) {
+        int column = (i * TEAM + lane) * PACK;
+        if (!inside(i, column, width)) continue;
+        Held<VECTOR, PACK> multiplier = scale.pack(i, column), offset = shift.pack(i, column);
+        float out[PACK];
+#pragma unroll
+        for (int k = 0; k < PACK; ++k)
+            out[k] = fmaf((z[i][k] - statistics.x) * statistics.y, base + multiplier[k], offset[k]);
+        store_held<PACK>(y + column, rounded<ELEMENT>(out));
     }
 }
 
 // z = x + gate * branch in the place of x, rounded as it is stored.
 __device__ __forceinline__ void add_gated(
-    Held<ELEMENT, PACK> (&x)[ITERATIONS], const ELEMENT *branch, const VECTOR *gate, ELEMENT *sum, int lane, int width) {
+    Held<ELEMENT, PACK> (&x)[ITERATIONS], const ELEMENT *branch, const GroupVector &gate, ELEMENT *sum, int lane, int width) {
     Held<ELEMENT, PACK> added[ITERATIONS];
     load_row(added, branch, lane, width);
 #pragma unroll
     for (int i = 0; i < ITERATIONS; ++i) {
         int column = (i * TEAM + lane) * PACK;
         if (!inside(i, column, width)) continue;
-        Held<VECTOR, PACK> gates = hold<PACK>(gate + column);
+        Held<VECTOR, PACK> gates = gate.pack(i, column);
         float z[PACK];
 #pragma unroll
         for (int k = 0; k < PACK; ++k) z[k] = fmaf(gates[k], added[i][k], x[i][k]);
@@ -90,7 +109,10 @@ extern "C" __global__ void __launch_bounds__(TEAM *TEAMS) normalize(
     i64 start = i64(row) * width;
     Held<ELEMENT, PACK> z[ITERATIONS];
     load_row(z, x + start, lane, width);
-    if (branch) add_gated(z, branch + start, gate + group * gate_stride, sum + start, lane, width);
+    GroupVector scales(scale, group * scale_stride, lane, width), shifts(shift, group * shift_stride, lane, width);
+    if (branch)
+        add_gated(
+            z, branch + start, GroupVector(gate, group * gate_stride, lane, width), sum + start, lane, width);
 
     float2 found = {0.0f, 0.0f};
     if (centered) {
@@ -110,13 +132,7 @@ extern "C" __global__ void __launch_bounds__(TEAM *TEAMS) normalize(
     found.y = reciprocal_root(team_sum(squares, scratch[1]) / float(width) + eps);
     if (statistics && lane == 0) statistics[row] = found;
 
-    if (scale) scale += group * scale_stride;
-    if (shift) shift += group * shift_stride;
-#pragma unroll
-    for (int i = 0; i < ITERATIONS; ++i) {
-        int column = (i * TEAM + lane) * PACK;
-        if (inside(i, column, width)) store_normal(y + start, z[i], found, scale, shift, column, base);
-    }
+    store_normal(y + start, z, found, scales, shifts, lane, width, base);
 }
 
 extern "C" __global__ void __launch_bounds__(TEAM *TEAMS) normalize_again(
@@ -130,12 +146,6 @@ extern "C" __global__ void __launch_bounds__(TEAM *TEAMS) normalize_again(
     i64 start = i64(row) * width;
     Held<ELEMENT, PACK> values[ITERATIONS];
     load_row(values, z + start, lane, width);
-    float2 found = statistics[row];
-    if (scale) scale += group * scale_stride;
-    if (shift) shift += group * shift_stride;
-#pragma unroll
-    for (int i = 0; i < ITERATIONS; ++i) {
-        int column = (i * TEAM + lane) * PACK;
-        if (inside(i, column, width)) store_normal(y + start, values[i], found, scale, shift, column, base);
-    }
+    GroupVector scales(scale, group * scale_stride, lane, width), shifts(shift, group * shift_stride, lane, width);
+    store_normal(y + start, values, statistics[row], scales, shifts, lane, width, base);
 }

@@ -95,11 +95,11 @@ __device__ __forceinline__ void last_factors(
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const float sum = row_sum(state.sum[m][i]);
-            inverse[m][i] = sum == 0.0f ? 0.0f : 1.0f / sum;
+            inverse[m][i] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
             const int row = first + m * 16 + i * 8 + at.lane / 4;
             if (a.log_sums == nullptr || at.lane % 4 != 0 || row >= a.queries) continue;
             // Plus infinity makes every probability zero again in backward.
-            const float log_sum = (state.maximum[m][i] * factor + log2f(sum)) / LOG2_E;
+            const float log_sum = (state.maximum[m][i] * factor + __log2f(sum)) * (1.0f / LOG2_E);
             a.log_sums[head_index(a, at.b, at.h) + row] = sum == 0.0f ? INFINITY_F32 : log_sum;
         }
 }
