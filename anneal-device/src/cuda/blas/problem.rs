@@ -4,6 +4,7 @@
 //! `C = A B` in rows is `C^T = B^T A^T` in columns: the operands change places, and an operand that is stored
 //! as it is used stays untransposed.
 
+use super::Batch;
 use crate::cpu::ElementType;
 
 /// Stricter alignments than this many bytes, the widest access of a thread and the unit of the bulk copies,
@@ -17,7 +18,7 @@ pub(super) struct Side {
     pub leading: usize,
     /// Whether the transpose is stored.
     pub transposed: bool,
-    /// Bytes that the address is a multiple of.
+    /// Bytes that the address is a multiple of; in a batch every address.
     pub alignment: usize,
 }
 
@@ -52,6 +53,7 @@ pub(super) struct Problem {
     /// The alignment of what the epilogue writes besides C.
     pub extra: Option<usize>,
     pub tf32: bool,
+    pub batch: Batch,
 }
 
 /// A column-major matrix.
@@ -73,9 +75,10 @@ pub(super) struct ColumnMajor {
     pub output: Layout,
 }
 
-/// The power of two that an address is a multiple of, up to [`WIDEST`].
-pub(super) fn alignment(address: *const u8) -> usize {
-    1 << (address as usize | WIDEST).trailing_zeros()
+/// The power of two that an address, and all at multiples of `distance` bytes from it, are multiples of, up to
+/// [`WIDEST`].
+pub(super) fn alignment(address: *const u8, distance: usize) -> usize {
+    1 << (address as usize | distance | WIDEST).trailing_zeros()
 }
 
 impl Problem {
@@ -130,6 +133,10 @@ impl Problem {
                 name += word;
             }
         }
+        let Batch { count, a, b, c, bias } = self.batch;
+        if self.batch != Batch::ONE {
+            name += &format!("-batch{count}-{a}-{b}-{c}-{bias}");
+        }
         name
     }
 }
@@ -158,6 +165,7 @@ mod tests {
             kind: Kind::Plain,
             extra: None,
             tf32: false,
+            batch: Batch::ONE,
         }
     }
 
@@ -213,6 +221,9 @@ mod tests {
             Problem { output: ElementType::Bf16, ..plain },
             Problem { c: Side { alignment: 4, ..plain.c }, ..plain },
             Problem { rows: 33, ..plain },
+            Problem { batch: Batch { count: 2, a: 0, b: 30, c: 32, bias: 0 }, ..plain },
+            Problem { batch: Batch { count: 2, a: 30, b: 0, c: 32, bias: 0 }, ..plain },
+            Problem { batch: Batch { count: 3, a: 0, b: 30, c: 32, bias: 4 }, ..plain },
         ];
         let names: std::collections::BTreeSet<String> = variants.iter().map(Problem::name).collect();
         assert_eq!(names.len(), variants.len());
@@ -223,7 +234,8 @@ mod tests {
     #[test]
     fn alignment_is_the_addresss_own_up_to_the_widest_access() {
         let found: Vec<usize> =
-            [0, 2, 4, 6, 8, 16, 24, 512].map(|address| alignment(address as *const u8)).into();
+            [0, 2, 4, 6, 8, 16, 24, 512].map(|address| alignment(address as *const u8, 0)).into();
         assert_eq!(found, [16, 2, 4, 2, 8, 16, 8, 16]);
+        assert_eq!([0, 4, 32].map(|distance| alignment(512 as *const u8, distance)), [16, 4, 16]);
     }
 }
