@@ -95,7 +95,8 @@ impl Problem {
         }
     }
 
-    /// A name that is different for different problems, and fit for a file.
+    /// A name that is different for different problems, and fit for a file. How far apart the products of a batch lie is no
+    /// part of it: the algorithm is chosen once, so bits do not depend on where parameters lie.
     pub fn name(&self) -> String {
         let element = |element| match element {
             ElementType::F32 => "f32",
@@ -133,9 +134,12 @@ impl Problem {
                 name += word;
             }
         }
-        let Batch { count, a, b, c, bias } = self.batch;
-        if self.batch != Batch::ONE {
-            name += &format!("-batch{count}-{a}-{b}-{c}-{bias}");
+        let Batch { count, a, b, .. } = self.batch;
+        if count > 1 {
+            name += &format!("-batch{count}");
+            for (distance, word) in [(a, "-onea"), (b, "-oneb")] {
+                name += if distance == 0 { word } else { "" };
+            }
         }
         name
     }
@@ -223,11 +227,15 @@ mod tests {
             Problem { rows: 33, ..plain },
             Problem { batch: Batch { count: 2, a: 0, b: 30, c: 32, bias: 0 }, ..plain },
             Problem { batch: Batch { count: 2, a: 30, b: 0, c: 32, bias: 0 }, ..plain },
-            Problem { batch: Batch { count: 3, a: 0, b: 30, c: 32, bias: 4 }, ..plain },
+            Problem { batch: Batch { count: 2, a: 30, b: 30, c: 32, bias: 0 }, ..plain },
+            Problem { batch: Batch { count: 3, a: 0, b: 30, c: 32, bias: 0 }, ..plain },
         ];
         let names: std::collections::BTreeSet<String> = variants.iter().map(Problem::name).collect();
         assert_eq!(names.len(), variants.len());
         assert_eq!(plain.name(), "bf16-f32-3x4x5-a7n16-b6t16-c7n16");
+        let batch = |b, c| Problem { batch: Batch { count: 28, a: 0, b, c, bias: 0 }, ..plain };
+        assert_eq!(batch(30, 32).name(), "bf16-f32-3x4x5-a7n16-b6t16-c7n16-batch28-onea");
+        assert_eq!(batch(30, 32).name(), batch(64, 48).name());
         assert!(names.iter().all(|name| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')));
     }
 
