@@ -1,10 +1,10 @@
-//! Matrix products on a GPU against sums in f64: layouts, element types, epilogues, accumulation, odd sizes
+//! Matrix products on a GPU against sums in f64: layouts, element types, epilogues, accumulation, batches, odd sizes
 //! and views that start anywhere. Says so and passes where there is no GPU.
 
 use std::sync::Arc;
 
 use anneal_device::cpu::ElementType;
-use anneal_device::cuda::{Epilogue, Operand, Output, Product};
+use anneal_device::cuda::{Batch, Epilogue, Operand, Output, Product};
 use anneal_device::{Buffer, CudaDevice, Device, DeviceError, Purpose};
 use half::{bf16, f16};
 
@@ -76,8 +76,15 @@ impl Memory {
         self.buffer.as_ptr().wrapping_add(self.skip * self.element.size())
     }
 
-    fn operand(&self) -> Operand {
-        Operand::new(self.pointer(), self.element, self.leading)
+    fn operand(&self, transposed: bool) -> Operand {
+        let operand = Operand::new(self.pointer(), self.element, self.leading);
+        if transposed { operand.transposed() } else { operand }
+    }
+
+    /// Entry `(i, j)` of one of several operands, each of `rows` stored rows; or of the only one.
+    fn at(&self, (member, rows): (usize, usize), transposed: bool, i: usize, j: usize) -> f64 {
+        let (i, j) = if transposed { (j, i) } else { (i, j) };
+        self.values[(member * rows % self.rows + i) * self.columns + j]
     }
 
     fn bits(&self, device: &Arc<CudaDevice>) -> Vec<u8> {
@@ -123,6 +130,9 @@ struct Case {
     bias: bool,
     extra: Extra,
     tf32: bool,
+    /// Products of a batch, and whether all of them have the same A or B.
+    count: usize,
+    shared: [bool; 2],
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -140,38 +150,47 @@ fn gelu(x: f64) -> f64 {
 impl Case {
     fn plain(element: ElementType, output: ElementType, sizes: [usize; 3]) -> Self {
         let (transposed, place, accumulate) = ([false; 2], [0; 2], false);
-        let (bias, extra, tf32) = (false, Extra::None, false);
-        Self { element, output, sizes, transposed, place, accumulate, bias, extra, tf32 }
+        let (bias, extra, tf32, count, shared) = (false, Extra::None, false, 1, [false; 2]);
+        Self { element, output, sizes, transposed, place, accumulate, bias, extra, tf32, count, shared }
+    }
+
+    /// Sizes of A and B as they are stored.
+    fn stored(&self) -> [[usize; 2]; 2] {
+        let [rows, columns, depth] = self.sizes;
+        let stored = |[rows, columns]: [usize; 2], transposed| {
+            if transposed { [columns, rows] } else { [rows, columns] }
+        };
+        [stored([rows, depth], self.transposed[0]), stored([depth, columns], self.transposed[1])]
     }
 
     fn check(self, device: &Arc<CudaDevice>) {
         let [rows, columns, depth] = self.sizes;
         device.set_tf32(self.tf32);
-        let stored = |sizes: [usize; 2], transposed: bool| match transposed {
-            true => [sizes[1], sizes[0]],
-            false => sizes,
-        };
         let [ta, tb] = self.transposed;
-        let a = Memory::new(device, self.element, stored([rows, depth], ta), self.place, numbers(1));
-        let b = Memory::new(device, self.element, stored([depth, columns], tb), self.place, numbers(2));
-        let bias = Memory::new(device, self.output, [1, columns], [self.place[0], 0], numbers(3));
-        let at = |memory: &Memory, transposed: bool, i: usize, j: usize| {
-            let (i, j) = if transposed { (j, i) } else { (i, j) };
-            memory.values[i * memory.columns + j]
+        let [stored_a, stored_b] = self.stored();
+        let memory = |stored: [usize; 2], shared: bool, seed| {
+            let sizes = [if shared { 1 } else { self.count } * stored[0], stored[1]];
+            Memory::new(device, self.element, sizes, self.place, numbers(seed))
         };
+        let (a, b) = (memory(stored_a, self.shared[0], 1), memory(stored_b, self.shared[1], 2));
+        let bias = Memory::new(device, self.output, [self.count, columns], self.place, numbers(3));
         let run = || {
             let mut before = numbers(4);
             let contents = || if self.accumulate { before() } else { f64::NAN };
-            let c = Memory::new(device, self.output, [rows, columns], self.place, contents);
+            let c = Memory::new(device, self.output, [self.count * rows, columns], self.place, contents);
             let extra_sizes = if self.extra == Extra::RowSums { [1, rows] } else { [rows, columns] };
             let extra_place = if self.extra == Extra::RowSums { [0; 2] } else { self.place };
             let extra = Memory::new(device, self.output, extra_sizes, extra_place, || f64::NAN);
-            let operand = |memory: &Memory, transposed| match transposed {
-                true => memory.operand().transposed(),
-                false => memory.operand(),
-            };
             let output = Output::new(c.pointer(), c.element, c.leading);
-            let (a, b) = (operand(&a, ta), operand(&b, tb));
+            let distance = |memory: &Memory, rows, shared| if shared { 0 } else { rows * memory.leading };
+            let batch = Batch {
+                count: self.count,
+                a: distance(&a, stored_a[0], self.shared[0]),
+                b: distance(&b, stored_b[0], self.shared[1]),
+                c: rows * c.leading,
+                bias: if self.bias { bias.leading } else { 0 },
+            };
+            let (a, b) = (a.operand(ta), b.operand(tb));
             let product = Product {
                 accumulate: self.accumulate,
                 bias: self.bias.then(|| bias.pointer().cast_const()),
@@ -181,18 +200,21 @@ impl Case {
                     Extra::GeluKept => Epilogue::Gelu { preactivation: Some(extra.pointer()) },
                     Extra::RowSums => Epilogue::RowSums { sums: extra.pointer() },
                 },
+                batch,
                 ..Product::new("test", (rows, columns, depth), a, b, output)
             };
             unsafe { device.matmul(&product) }.unwrap_or_else(|error| panic!("{self:?}: {error}"));
             (c, extra)
         };
         let (c, extra) = run();
-        let sums: Vec<f64> = (0..rows * columns)
+        let sums: Vec<f64> = (0..self.count * rows * columns)
             .map(|index| {
-                let (i, j) = (index / columns, index % columns);
-                let sum: f64 = (0..depth).map(|p| at(&a, ta, i, p) * at(&b, tb, p, j)).sum();
+                let (member, i, j) = (index / (rows * columns), index / columns % rows, index % columns);
+                let (of_a, of_b) = ((member, stored_a[0]), (member, stored_b[0]));
+                let term = |p| a.at(of_a, ta, i, p) * b.at(of_b, tb, p, j);
                 let added = if self.accumulate { c.values[index] } else { 0.0 };
-                sum + added + if self.bias { bias.values[j] } else { 0.0 }
+                let bias = if self.bias { bias.values[member * columns + j] } else { 0.0 };
+                (0..depth).map(term).sum::<f64>() + added + bias
             })
             .collect();
         let activated = matches!(self.extra, Extra::Gelu | Extra::GeluKept);
@@ -202,7 +224,7 @@ impl Case {
             Extra::GeluKept => self.compare("pre-activation", &extra.read(device), &sums),
             Extra::RowSums => {
                 let rows: Vec<f64> =
-                    (0..rows).map(|i| (0..depth).map(|p| at(&a, ta, i, p)).sum::<f64>()).collect();
+                    (0..rows).map(|i| (0..depth).map(|p| a.at((0, 0), ta, i, p)).sum()).collect();
                 self.compare("row sums", &extra.read(device), &rows);
             }
             _ => {}
@@ -280,6 +302,32 @@ fn row_sums_beside_a_weight_gradient() {
     for sizes in [[64, 128, 96], [72, 48, 1000]] {
         let plain = Case::plain(ElementType::Bf16, ElementType::F32, sizes);
         Case { extra: Extra::RowSums, transposed: [true, false], ..plain }.check(&device);
+    }
+}
+
+/// As of layers of one size with the same input: their outputs, the gradients of the input and of the weights.
+#[test]
+fn batches() {
+    let Some(device) = device("batches of products") else { return };
+    for measured in [false, true] {
+        device.set_deterministic(!measured);
+        for (element, output) in TYPES {
+            for sizes in if measured { &SIZES[3..4] } else { &SIZES[..] } {
+                for (transposed, shared) in
+                    [([false, true], [true, false]), ([false; 2], [false; 2]), ([true, false], [false, true])]
+                {
+                    for place in [[0, 0], [8, 8], [1, 3]] {
+                        let plain = Case::plain(element, output, *sizes);
+                        let plain = Case { count: 3, transposed, shared, place, ..plain };
+                        plain.check(&device);
+                        Case { accumulate: true, ..plain }.check(&device);
+                        if element == output {
+                            Case { bias: true, ..plain }.check(&device);
+                        }
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Linear layers and the feed-forward pair.
 
 use anneal_tensor::ops::{self, Activation};
-use anneal_tensor::{Result, Tensor};
+use anneal_tensor::{Outputs, Result, Tensor};
 
 use crate::{Builder, Forward, Init, ParamId};
 
@@ -29,6 +29,20 @@ impl Linear {
     pub fn forward(&self, forward: &Forward, input: &Tensor, activation: Activation) -> Result<Tensor> {
         let weight = forward.param(self.weight)?;
         ops::linear(input, &weight, Some(&forward.param(self.bias)?), activation)
+    }
+
+    /// Layers of one size over the same `[b, in]`, as one op: of each layer its output in `parts` tensors
+    /// `[b, out / parts]`, those of the first layer first.
+    ///
+    /// # Errors
+    /// As [`ops::linear_stack`], and if a parameter is used outside its scope.
+    pub fn forward_all(layers: &[Self], forward: &Forward, input: &Tensor, parts: usize) -> Result<Outputs> {
+        let params = |id: fn(&Self) -> ParamId| -> Result<Vec<Tensor>> {
+            layers.iter().map(|layer| forward.param(id(layer))).collect()
+        };
+        let (weights, biases) = (params(|layer| layer.weight)?, params(|layer| layer.bias)?);
+        let (weights, biases): (Vec<_>, Vec<_>) = (weights.iter().collect(), biases.iter().collect());
+        ops::linear_stack(input, &weights, &biases, parts)
     }
 }
 

@@ -12,7 +12,7 @@ use anneal_tensor::{DType, Device, Phase, Purpose, Result, Sink, Tensor, TensorE
 
 use crate::{ChunkLayout, Init, ParamId, Parameters, ScopeId};
 
-/// A flat buffer of weights and, if it is trained, of gradients.
+/// Flat memory of weights and, if it is trained, of gradients.
 #[derive(Clone)]
 pub struct Chunk {
     /// `[elements]` in the compute dtype.
@@ -85,6 +85,10 @@ pub struct StoreOptions {
 }
 
 /// Keeps every parameter and gradient on one device for its whole life.
+///
+/// The chunks follow each other in two buffers, of weights and of gradients, those that are trained first: so layers of
+/// one size that are described one after the other lie at equal distances, whatever the size of a chunk, and
+/// their products are one ([`ops::linear_stack`]).
 pub struct ResidentStore {
     parameters: Arc<Parameters>,
     layout: ChunkLayout,
@@ -101,15 +105,27 @@ impl ResidentStore {
     /// Allocates all chunks; weights start at zero (see [`Self::initialise`]).
     pub fn new(parameters: Arc<Parameters>, device: &Device, options: StoreOptions) -> Result<Self> {
         let layout = ChunkLayout::new(&parameters, options.chunk_elements);
+        let elements = |trainable: bool| -> usize {
+            let of_kind = layout.chunks().iter().filter(|chunk| chunk.trainable == trainable);
+            of_kind.map(|chunk| chunk.elements).sum()
+        };
+        let (trained, frozen) = (elements(true), elements(false));
+        let weights =
+            Tensor::zeros_for(device, &[trained + frozen], options.compute_dtype, Purpose::Weights)?;
+        let gradients = (options.train && trained > 0)
+            .then(|| Tensor::zeros_for(device, &[trained], DType::F32, Purpose::Gradients))
+            .transpose()?;
+        // Where the next chunk of frozen and of trained parameters starts.
+        let mut starts = [trained, 0];
         let chunks = layout
             .chunks()
             .iter()
             .map(|chunk| {
-                let sizes = [chunk.elements];
-                let weights = Tensor::zeros_for(device, &sizes, options.compute_dtype, Purpose::Weights)?;
-                let gradients = (options.train && chunk.trainable)
-                    .then(|| Tensor::zeros_for(device, &sizes, DType::F32, Purpose::Gradients))
-                    .transpose()?;
+                let start = &mut starts[usize::from(chunk.trainable)];
+                let piece = |buffer: &Tensor| buffer.piece(*start, &[chunk.elements]);
+                let gradients = gradients.as_ref().filter(|_| chunk.trainable).map(piece).transpose()?;
+                let weights = piece(&weights)?;
+                *start += chunk.elements;
                 Ok(Chunk { weights, gradients })
             })
             .collect::<Result<Vec<Chunk>>>()?;

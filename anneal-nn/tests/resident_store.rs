@@ -115,6 +115,39 @@ fn what_backward_did_not_reach_is_zero_in_the_end() {
 }
 
 #[test]
+fn layers_of_one_size_lie_at_equal_distances_in_chunks_of_any_size() {
+    for chunk_elements in [1, 64, 100, 1 << 20] {
+        let mut builder = Builder::new();
+        builder.scope("all", |builder| {
+            builder.add("first", &[7], Init::Zeros);
+            builder.add_frozen("table", &[40], Init::Zeros);
+            for layer in 0..5 {
+                builder.add(&format!("{layer}.weight"), &[5, 6], Init::Zeros);
+                builder.add(&format!("{layer}.bias"), &[5], Init::Zeros);
+            }
+        });
+        let options = StoreOptions { compute_dtype: DType::BF16, chunk_elements, train: true };
+        let parameters = Arc::new(builder.finish());
+        let store = ResidentStore::new(parameters, &Device::cpu(Some(1), None), options).unwrap();
+        store.enter(ScopeId(0), Phase::Backward).unwrap();
+        let address = |id: usize| store.value(ParamId(id)).unwrap().address() as usize;
+        let sink = |id: usize| store.sink(ParamId(id)).unwrap().gradient.address() as usize;
+        let [weight, bias] = [2, 3];
+        for layer in 1..5 {
+            for parameter in [weight, bias] {
+                let id = parameter + 2 * layer;
+                assert_eq!(
+                    address(id) - address(id - 2),
+                    48 * 2,
+                    "layer {layer}, chunks of {chunk_elements}"
+                );
+                assert_eq!(sink(id) - sink(id - 2), 48 * 4, "layer {layer}, chunks of {chunk_elements}");
+            }
+        }
+    }
+}
+
+#[test]
 fn frozen_parameters_and_stores_without_training_have_no_gradient() {
     let trained = store(DType::F32, true);
     trained.enter(ScopeId(0), Phase::Backward).unwrap();

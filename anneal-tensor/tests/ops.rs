@@ -20,6 +20,8 @@ mod gradient_target;
 mod linear;
 #[path = "../src/ops/linear_combination/tests.rs"]
 mod linear_combination;
+#[path = "../src/ops/linear_stack/tests.rs"]
+mod linear_stack;
 #[path = "../src/ops/mse/tests.rs"]
 mod mse;
 #[path = "../src/ops/normal/tests.rs"]

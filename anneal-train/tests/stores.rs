@@ -56,11 +56,21 @@ impl FreeingStore {
         self.working().visits.entry((name, phase)).or_default()[place] += 1;
     }
 
-    fn fetch(&self, id: ParamId) -> Result<Tensor> {
-        let (slot, spec) = (self.layout().slot(id), self.parameters().spec(id));
-        let copy = Tensor::zeros(self.device(), &spec.shape, self.compute_dtype())?;
-        ops::overwrite(&copy, &self.host.chunk(slot.chunk)?.weights.piece(slot.offset, &spec.shape)?)?;
-        Ok(copy)
+    /// Copies of a scope's parameters, as far apart as in chunks: for what lies alike, a device picks the same algorithms.
+    fn fetch(&self, scope: ScopeId) -> Result<BTreeMap<ParamId, Tensor>> {
+        let own: Vec<ParamId> =
+            self.parameters().iter().filter(|(_, spec)| spec.scope == scope).map(|(id, _)| id).collect();
+        let elements = |id: &ParamId| self.layout().slot(*id).elements.next_multiple_of(16);
+        let flat = Tensor::zeros(self.device(), &[own.iter().map(elements).sum()], self.compute_dtype())?;
+        let mut start = 0;
+        let fetch = |id: &ParamId| {
+            let (slot, spec) = (self.layout().slot(*id), self.parameters().spec(*id));
+            let copy = flat.piece(start, &spec.shape)?;
+            start += elements(id);
+            ops::overwrite(&copy, &self.host.chunk(slot.chunk)?.weights.piece(slot.offset, &spec.shape)?)?;
+            Ok((*id, copy))
+        };
+        own.iter().map(fetch).collect()
     }
 
     fn poison(&self, copy: &Tensor) -> Result<()> {
@@ -91,10 +101,7 @@ impl ParamStore for FreeingStore {
         self.count(scope, phase, 0);
         let fetched = match self.working().scopes.contains_key(&scope) {
             true => BTreeMap::new(),
-            false => {
-                let own = self.parameters().iter().filter(|(_, spec)| spec.scope == scope);
-                own.map(|(id, _)| Ok((id, self.fetch(id)?))).collect::<Result<_>>()?
-            }
+            false => self.fetch(scope)?,
         };
         let mut working = self.working();
         working.scopes.entry(scope).or_insert((0, fetched)).0 += 1;

@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use cudarc::driver::sys;
 
-pub use blas::{Epilogue, Operand, Output, Product, variants as kernel_variants};
+pub use blas::{Batch, Epilogue, Operand, Output, Product, variants as kernel_variants};
 pub use compiler::{Macros, Source, Variant, cache_folder, compile, version as compiler_version};
 pub use dnn::{
     AttentionBackend, AttentionElement, AttentionKey, AttentionPass, AttentionPlan, AttentionStrides,

@@ -12,7 +12,7 @@ use anneal_nn::{
     ScopeId, SelfAttention, TimestepEmbedding, sincos_positions,
 };
 use anneal_tensor::ops::{self, Activation};
-use anneal_tensor::{DType, Outputs, Result, Tensor, TensorError};
+use anneal_tensor::{DType, Result, Tensor, TensorError};
 
 use super::DitConfig;
 use crate::{Conditioning, Denoiser, ModelError};
@@ -123,16 +123,19 @@ impl Dit {
     }
 
     /// Shifts, scales and gates `[b, d]`: six for each block, in the order shift, scale, gate of
-    /// attention, then of the feed-forward part; then shift and scale of the final layer.
-    fn modulate(&self, forward: &Forward, conditionings: &[Tensor]) -> Result<Vec<Outputs>> {
-        let size = self.config.hidden_size;
+    /// attention, then of the feed-forward part; then shift and scale of the final layer. The layers of blocks with
+    /// the same conditioning are one op.
+    fn modulate(&self, forward: &Forward, conditionings: &[Tensor]) -> Result<Vec<Vec<Tensor>>> {
         forward.scope(self.modulation, |forward| {
-            let vectors = |(index, linear): (usize, &Linear)| {
-                let conditioning = conditionings.get(index).unwrap_or(&conditionings[0]);
-                let all = linear.forward(forward, conditioning, Activation::None)?;
-                ops::split(&all, 1, &vec![size; all.size(1) / size])
-            };
-            self.modulations.iter().enumerate().map(vectors).collect()
+            let (blocks, last) = self.modulations.split_at(self.blocks.len());
+            let groups = blocks.chunks(self.blocks.len() / conditionings.len()).zip(conditionings);
+            let mut all = Vec::with_capacity(self.modulations.len());
+            for (layers, conditioning) in groups {
+                let vectors = Linear::forward_all(layers, forward, conditioning, 6)?;
+                all.extend(vectors.chunks(6).map(<[Tensor]>::to_vec));
+            }
+            all.push(Linear::forward_all(last, forward, &conditionings[0], 2)?.into_vec());
+            Ok(all)
         })
     }
 

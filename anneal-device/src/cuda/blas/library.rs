@@ -47,7 +47,14 @@ pub(super) type Algorithm = sys::cublasLtMatmulAlgo_t;
 struct MatrixLayout(sys::cublasLtMatrixLayout_t);
 
 impl MatrixLayout {
-    fn new(ordinal: usize, element: ElementType, layout: Layout) -> Result<Self, DeviceError> {
+    /// `count` matrices, `distance` elements from start to start.
+    fn new(
+        ordinal: usize,
+        element: ElementType,
+        layout: Layout,
+        (count, distance): (usize, usize),
+    ) -> Result<Self, DeviceError> {
+        use sys::cublasLtMatrixLayoutAttribute_t as Attribute;
         let mut handle = null_mut();
         let (rows, columns, leading) = (layout.rows as u64, layout.columns as u64, layout.leading as i64);
         // SAFETY: the library is there.
@@ -55,7 +62,26 @@ impl MatrixLayout {
             sys::cublasLtMatrixLayoutCreate(&mut handle, data_type(element), rows, columns, leading)
         };
         check("cublasLtMatrixLayoutCreate", ordinal, status)?;
-        Ok(Self(handle))
+        let matrices = Self(handle);
+        if count > 1 {
+            matrices.set(ordinal, Attribute::CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, count as i32)?;
+            let distance = distance as i64;
+            matrices.set(ordinal, Attribute::CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, distance)?;
+        }
+        Ok(matrices)
+    }
+
+    fn set<T: Copy>(
+        &self,
+        ordinal: usize,
+        attribute: sys::cublasLtMatrixLayoutAttribute_t,
+        value: T,
+    ) -> Result<(), DeviceError> {
+        let pointer = (&raw const value).cast::<c_void>();
+        // SAFETY: the value has the attribute's size, as each caller's type says.
+        let status =
+            unsafe { sys::cublasLtMatrixLayoutSetAttribute(self.0, attribute, pointer, size_of::<T>()) };
+        check("cublasLtMatrixLayoutSetAttribute", ordinal, status)
     }
 }
 
@@ -93,9 +119,10 @@ impl Description {
             false => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
         };
         let (first, second) = (view.first, view.second);
-        let b = MatrixLayout::new(ordinal, problem.element, first.0)?;
-        let a = MatrixLayout::new(ordinal, problem.element, second.0)?;
-        let c = MatrixLayout::new(ordinal, problem.output, view.output)?;
+        let batch = problem.batch;
+        let b = MatrixLayout::new(ordinal, problem.element, first.0, (batch.count, batch.b))?;
+        let a = MatrixLayout::new(ordinal, problem.element, second.0, (batch.count, batch.a))?;
+        let c = MatrixLayout::new(ordinal, problem.output, view.output, (batch.count, batch.c))?;
         let mut operation = null_mut();
         let scale = sys::cudaDataType::CUDA_R_32F;
         // SAFETY: the library is there.
@@ -108,6 +135,10 @@ impl Description {
         if problem.bias.is_some() || problem.kind == Kind::RowSums {
             let kind = data_type(problem.output) as i32;
             description.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, kind)?;
+        }
+        if problem.bias.is_some() && batch.count > 1 {
+            let distance = batch.bias as i64;
+            description.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE, distance)?;
         }
         if problem.kind == Kind::GeluKept {
             let leading = problem.c.leading as i64;

@@ -9,8 +9,9 @@
 //! first time outside a captured step and remembered on disk (`plans.rs`, `choices.rs`).
 //! [`CudaDevice::set_deterministic`] turns measuring off: then bits depend on the library and the
 //! GPU, and not on a stopwatch. An operand that the library refuses is copied first (`repack.rs`).
+//! Products of one shape whose matrices lie at equal distances are one call ([`Batch`]).
 //!
-//! Not done: batches of products, FP8, pointers to factors on the device.
+//! Not done: FP8, pointers to factors on the device.
 
 mod choices;
 mod library;
@@ -59,9 +60,10 @@ impl Operand {
         Self { transposed: !self.transposed, ..self }
     }
 
-    fn side(&self) -> Side {
+    /// `distance`: from one matrix of a batch to the next.
+    fn side(&self, distance: usize) -> Side {
         let (leading, transposed) = (self.leading, self.transposed);
-        Side { leading, transposed, alignment: alignment(self.pointer) }
+        Side { leading, transposed, alignment: alignment(self.pointer, distance * self.element.size()) }
     }
 }
 
@@ -77,6 +79,24 @@ impl Output {
     pub fn new(pointer: *mut u8, element: ElementType, leading: usize) -> Self {
         Self { pointer, element, leading }
     }
+}
+
+/// Products of one shape whose matrices lie at equal distances, in elements from the start of one to the start
+/// of the next. At distance 0 all read the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Batch {
+    pub count: usize,
+    pub a: usize,
+    pub b: usize,
+    /// At least as much as C covers.
+    pub c: usize,
+    /// Of no meaning without a bias.
+    pub bias: usize,
+}
+
+impl Batch {
+    /// A single product.
+    pub const ONE: Self = Self { count: 1, a: 0, b: 0, c: 0, bias: 0 };
 }
 
 /// What happens beside or after the product.
@@ -95,7 +115,7 @@ pub enum Epilogue {
     },
 }
 
-/// One product: A is `[rows, depth]`, B `[depth, columns]`, C `[rows, columns]`.
+/// One product: A is `[rows, depth]`, B `[depth, columns]`, C `[rows, columns]`; or a batch of them.
 #[derive(Clone, Copy, Debug)]
 pub struct Product {
     /// What profiles call it.
@@ -111,6 +131,8 @@ pub struct Product {
     /// One value of C's type for each column, contiguous.
     pub bias: Option<*const u8>,
     pub epilogue: Epilogue,
+    /// More than one product only without an epilogue. The addresses above are those of the first.
+    pub batch: Batch,
 }
 
 impl Product {
@@ -122,33 +144,60 @@ impl Product {
         b: Operand,
         c: Output,
     ) -> Self {
-        let (accumulate, bias, epilogue) = (false, None, Epilogue::None);
-        Self { name, rows, columns, depth, a, b, c, accumulate, bias, epilogue }
+        let (accumulate, bias, epilogue, batch) = (false, None, Epilogue::None, Batch::ONE);
+        Self { name, rows, columns, depth, a, b, c, accumulate, bias, epilogue, batch }
+    }
+
+    /// One product of a batch.
+    fn member(&self, index: usize) -> Self {
+        let Batch { a, b, c, bias, .. } = self.batch;
+        let bytes = |distance: usize, element: ElementType| index * distance * element.size();
+        let operand = |operand: Operand, distance: usize| {
+            let pointer = operand.pointer.wrapping_add(bytes(distance, operand.element));
+            Operand { pointer, ..operand }
+        };
+        let element = self.c.element;
+        Self {
+            a: operand(self.a, a),
+            b: operand(self.b, b),
+            c: Output { pointer: self.c.pointer.wrapping_add(bytes(c, element)), ..self.c },
+            bias: self.bias.map(|pointer| pointer.wrapping_add(bytes(bias, element))),
+            batch: Batch::ONE,
+            ..*self
+        }
     }
 
     fn problem(&self, tf32: bool) -> Problem {
         let (kind, extra) = match self.epilogue {
             Epilogue::None => (Kind::Plain, None),
             Epilogue::Gelu { preactivation: None } => (Kind::Gelu, None),
-            Epilogue::Gelu { preactivation: Some(kept) } => (Kind::GeluKept, Some(alignment(kept))),
-            Epilogue::RowSums { sums } => (Kind::RowSums, Some(alignment(sums))),
+            Epilogue::Gelu { preactivation: Some(kept) } => (Kind::GeluKept, Some(alignment(kept, 0))),
+            Epilogue::RowSums { sums } => (Kind::RowSums, Some(alignment(sums, 0))),
         };
         assert!(self.a.element == self.b.element, "a product of two element types");
         assert!(self.bias.is_none() || kind != Kind::RowSums, "a product with a bias and its gradient");
+        let batch = if self.batch.count == 1 { Batch::ONE } else { self.batch };
+        assert!(batch == Batch::ONE || kind == Kind::Plain, "a batch of products with an epilogue");
+        let output = |pointer, distance: usize| alignment(pointer, distance * self.c.element.size());
         Problem {
             rows: self.rows,
             columns: self.columns,
             depth: self.depth,
             element: self.a.element,
             output: self.c.element,
-            a: self.a.side(),
-            b: self.b.side(),
-            c: Side { leading: self.c.leading, transposed: false, alignment: alignment(self.c.pointer) },
+            a: self.a.side(batch.a),
+            b: self.b.side(batch.b),
+            c: Side {
+                leading: self.c.leading,
+                transposed: false,
+                alignment: output(self.c.pointer, batch.c),
+            },
             accumulate: self.accumulate,
-            bias: self.bias.map(alignment),
+            bias: self.bias.map(|bias| output(bias, batch.bias)),
             kind,
             extra,
             tf32: tf32 && self.a.element == ElementType::F32,
+            batch,
         }
     }
 }
@@ -222,23 +271,26 @@ impl CudaDevice {
         check("cuMemsetD8Async", self.ordinal(), result)
     }
 
-    /// Computes the product.
+    /// Computes the product, or all of its batch.
     ///
     /// # Errors
     /// If cuBLASLt is missing, or has no algorithm for the product.
     ///
     /// # Safety
     /// The operands must cover the shape: A `[rows, depth]`, B `[depth, columns]`, C and the pre-activation
-    /// `[rows, columns]`, the bias `[columns]`, row sums `[rows]`; what is written must overlap nothing
-    /// else of the product. Every address is a multiple of its element's size.
+    /// `[rows, columns]`, the bias `[columns]`, row sums `[rows]`, and so all members of a batch; what is written must
+    /// overlap nothing else of the product. Every address is a multiple of its element's size.
     pub unsafe fn matmul(&self, product: &Product) -> Result<(), DeviceError> {
-        if product.rows == 0 || product.columns == 0 {
+        if product.rows == 0 || product.columns == 0 || product.batch.count == 0 {
             return Ok(());
         }
         // SAFETY: the caller's promise.
         unsafe {
             if self.matmul_where_it_lies(product)? {
                 return Ok(());
+            }
+            if product.batch.count > 1 {
+                return (0..product.batch.count).try_for_each(|index| self.matmul(&product.member(index)));
             }
             let plain = matches!(product.epilogue, Epilogue::None);
             if plain && self.matmul_of_copies(product)? {

@@ -81,6 +81,8 @@ impl Plan {
     /// Takes the fastest of the candidates, run on noise: the operands of a first step may be zeros, on which a GPU needs
     /// so little power that other candidates win. Where memory lacks for that, they are run on the operands. C, which
     /// the product is about to overwrite, is written on the way; where it is added to, other memory stands in for it.
+    /// A batch is run on its operands: they may be a good part of a model's weights, and noise like them would be
+    /// the highest use of memory.
     ///
     /// # Safety
     /// As [`CudaDevice::matmul`].
@@ -92,15 +94,21 @@ impl Plan {
         product: &Product,
     ) -> Result<(), DeviceError> {
         self.settled = true;
-        let bytes = product.rows * product.c.leading * product.c.element.size();
+        let batch = product.batch;
+        let last = (batch.count - 1) * batch.c;
+        let bytes = (last + product.rows * product.c.leading) * product.c.element.size();
         let scratch = match product.accumulate.then(|| device.allocate(bytes, Purpose::Workspace)) {
             // Too little memory to measure in: the proposal stays.
             Some(Err(_)) => return Ok(()),
             other => other.transpose()?,
         };
         let c = scratch.as_ref().map_or(product.c.pointer, |scratch| scratch.as_ptr());
-        let a = device.noise_like(&product.a, product.rows, product.depth)?;
-        let b = device.noise_like(&product.b, product.depth, product.columns)?;
+        let noise = |operand, rows, columns| match batch.count {
+            1 => device.noise_like(operand, rows, columns),
+            _ => Ok(None),
+        };
+        let a = noise(&product.a, product.rows, product.depth)?;
+        let b = noise(&product.b, product.depth, product.columns)?;
         let standing_in = |operand: Operand, memory: &Option<Buffer>| {
             let pointer = memory.as_ref().map_or(operand.pointer, |memory| memory.as_ptr().cast_const());
             Operand { pointer, ..operand }

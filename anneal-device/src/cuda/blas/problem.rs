@@ -4,6 +4,7 @@
 //! `C = A B` in rows is `C^T = B^T A^T` in columns: the operands change places, and an operand that is stored
 //! as it is used stays untransposed.
 
+use super::Batch;
 use crate::cpu::ElementType;
 
 /// Stricter alignments than this many bytes, the widest access of a thread and the unit of the bulk copies,
@@ -17,7 +18,7 @@ pub(super) struct Side {
     pub leading: usize,
     /// Whether the transpose is stored.
     pub transposed: bool,
-    /// Bytes that the address is a multiple of.
+    /// Bytes that the address is a multiple of; in a batch every address.
     pub alignment: usize,
 }
 
@@ -52,6 +53,7 @@ pub(super) struct Problem {
     /// The alignment of what the epilogue writes besides C.
     pub extra: Option<usize>,
     pub tf32: bool,
+    pub batch: Batch,
 }
 
 /// A column-major matrix.
@@ -73,9 +75,10 @@ pub(super) struct ColumnMajor {
     pub output: Layout,
 }
 
-/// The power of two that an address is a multiple of, up to [`WIDEST`].
-pub(super) fn alignment(address: *const u8) -> usize {
-    1 << (address as usize | WIDEST).trailing_zeros()
+/// The power of two that an address, and all at multiples of `distance` bytes from it, are multiples of, up to
+/// [`WIDEST`].
+pub(super) fn alignment(address: *const u8, distance: usize) -> usize {
+    1 << (address as usize | distance | WIDEST).trailing_zeros()
 }
 
 impl Problem {
@@ -92,7 +95,8 @@ impl Problem {
         }
     }
 
-    /// A name that is different for different problems, and fit for a file.
+    /// A name that is different for different problems, and fit for a file. How far apart the products of a batch lie is no
+    /// part of it: the algorithm is chosen once, so bits do not depend on where parameters lie.
     pub fn name(&self) -> String {
         let element = |element| match element {
             ElementType::F32 => "f32",
@@ -130,6 +134,13 @@ impl Problem {
                 name += word;
             }
         }
+        let Batch { count, a, b, .. } = self.batch;
+        if count > 1 {
+            name += &format!("-batch{count}");
+            for (distance, word) in [(a, "-onea"), (b, "-oneb")] {
+                name += if distance == 0 { word } else { "" };
+            }
+        }
         name
     }
 }
@@ -158,6 +169,7 @@ mod tests {
             kind: Kind::Plain,
             extra: None,
             tf32: false,
+            batch: Batch::ONE,
         }
     }
 
@@ -213,17 +225,25 @@ mod tests {
             Problem { output: ElementType::Bf16, ..plain },
             Problem { c: Side { alignment: 4, ..plain.c }, ..plain },
             Problem { rows: 33, ..plain },
+            Problem { batch: Batch { count: 2, a: 0, b: 30, c: 32, bias: 0 }, ..plain },
+            Problem { batch: Batch { count: 2, a: 30, b: 0, c: 32, bias: 0 }, ..plain },
+            Problem { batch: Batch { count: 2, a: 30, b: 30, c: 32, bias: 0 }, ..plain },
+            Problem { batch: Batch { count: 3, a: 0, b: 30, c: 32, bias: 0 }, ..plain },
         ];
         let names: std::collections::BTreeSet<String> = variants.iter().map(Problem::name).collect();
         assert_eq!(names.len(), variants.len());
         assert_eq!(plain.name(), "bf16-f32-3x4x5-a7n16-b6t16-c7n16");
+        let batch = |b, c| Problem { batch: Batch { count: 28, a: 0, b, c, bias: 0 }, ..plain };
+        assert_eq!(batch(30, 32).name(), "bf16-f32-3x4x5-a7n16-b6t16-c7n16-batch28-onea");
+        assert_eq!(batch(30, 32).name(), batch(64, 48).name());
         assert!(names.iter().all(|name| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')));
     }
 
     #[test]
     fn alignment_is_the_addresss_own_up_to_the_widest_access() {
         let found: Vec<usize> =
-            [0, 2, 4, 6, 8, 16, 24, 512].map(|address| alignment(address as *const u8)).into();
+            [0, 2, 4, 6, 8, 16, 24, 512].map(|address| alignment(address as *const u8, 0)).into();
         assert_eq!(found, [16, 2, 4, 2, 8, 16, 8, 16]);
+        assert_eq!([0, 4, 32].map(|distance| alignment(512 as *const u8, distance)), [16, 4, 16]);
     }
 }

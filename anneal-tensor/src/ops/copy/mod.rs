@@ -33,8 +33,8 @@ pub(crate) struct Piece {
     pub target: Tensor,
 }
 
-/// Fills views of one tensor, on a GPU in one launch for up to 8 of them. They do not overlap; the caller alone writes
-/// their memory.
+/// Fills views of one tensor, on a GPU in one launch for up to 8 of them, or for up to 192 that lie alike. They do not
+/// overlap; the caller alone writes their memory.
 ///
 /// # Panics
 /// If sizes or dtypes of a pair differ.

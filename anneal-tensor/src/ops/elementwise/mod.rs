@@ -9,6 +9,7 @@ use smallvec::SmallVec;
 use crate::{DType, Dims, Result, Tensor};
 
 /// Dimensions of one size list, merged where every operand allows it; the last one separately.
+#[derive(PartialEq)]
 pub(crate) struct Walk<const N: usize> {
     pub outer: SmallVec<[(usize, [usize; N]); 6]>,
     pub inner: (usize, [usize; N]),

@@ -68,7 +68,7 @@ pub(in crate::ops) fn input_gradient(
 }
 
 /// `dW (+)= g^T x` and `db (+)= sum of g over rows`, in f32.
-pub(super) fn parameter_gradients(
+pub(in crate::ops) fn parameter_gradients(
     pool: &ThreadPool,
     gradient: &Tensor,
     x: &Tensor,

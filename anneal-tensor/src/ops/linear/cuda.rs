@@ -118,12 +118,12 @@ pub(super) fn parameter_gradients(
 ) -> Result<()> {
     let (Some(weight), Some(bias)) = (weight, bias) else {
         if let Some(bias) = bias {
-            column_sums(cuda, gradient, bias)?;
+            column_sums(cuda, gradient, SumTargets::one(bias))?;
         }
         return weight.map_or(Ok(()), |weight| weight_gradient(cuda, gradient, x, weight, Epilogue::None));
     };
     let in_two = || {
-        column_sums(cuda, gradient, bias)?;
+        column_sums(cuda, gradient, SumTargets::one(bias))?;
         weight_gradient(cuda, gradient, x, weight, Epilogue::None)
     };
     // The library's sums overwrite; and only what overwrites may be run again to measure it.
@@ -195,7 +195,7 @@ fn recompute_backward(
     let kernel = cuda.kernel(&SOURCE, "recompute_backward", &macros(gradient.dtype(), activation))?;
     let operands =
         Arguments::new().with(gradient.address()).with(preactivation.address()).with(hidden.address());
-    sum_by_parts(cuda, gradient, bias, |launch, sums| {
+    sum_by_parts(cuda, gradient, bias.map(SumTargets::one), |launch, sums| {
         // SAFETY: three matrices of one shape, and room for the sums.
         unsafe { cuda.launch(kernel, launch, sums.after(operands))? };
         Ok(())
@@ -240,16 +240,30 @@ pub(in crate::ops) fn activation_input_gradient(
     Ok(inner)
 }
 
-/// `bias (+)= sum of g over rows`
-fn column_sums(cuda: &CudaDevice, gradient: &Tensor, bias: &GradientTarget) -> Result<()> {
+/// `bias (+)= sum of g over rows`, for each of as many matrices, one after the other, as there are targets.
+pub(in crate::ops) fn column_sums(cuda: &CudaDevice, gradient: &Tensor, biases: SumTargets) -> Result<()> {
     let gradient = gradient.contiguous()?;
     let kernel = cuda.kernel(&SOURCE, "column_sums", &macros(gradient.dtype(), Activation::None))?;
     let operands = Arguments::new().with(gradient.address());
-    sum_by_parts(cuda, &gradient, Some(bias), |launch, sums| {
-        // SAFETY: a matrix, and room for the sums.
+    sum_by_parts(cuda, &gradient, Some(biases), |launch, sums| {
+        // SAFETY: the matrices, and room for the sums.
         unsafe { cuda.launch(kernel, launch, sums.after(operands))? };
         Ok(())
     })
+}
+
+/// Where the sums of several matrices go: into f32 vectors `distance` elements apart.
+#[derive(Clone, Copy)]
+pub(in crate::ops) struct SumTargets<'a> {
+    pub first: &'a GradientTarget,
+    pub count: usize,
+    pub distance: usize,
+}
+
+impl<'a> SumTargets<'a> {
+    pub fn one(target: &'a GradientTarget) -> Self {
+        Self { first: target, count: 1, distance: 0 }
+    }
 }
 
 /// The last arguments of a kernel that sums columns.
@@ -258,56 +272,62 @@ struct Sums {
     rows: usize,
     columns: usize,
     part_rows: usize,
+    distance: usize,
     accumulate: bool,
 }
 
 impl Sums {
     fn after(&self, arguments: Arguments) -> Arguments {
         let arguments = arguments.with(self.partials).with(self.rows as i64).with(self.columns as i64);
-        arguments.with(self.part_rows as i64).with(i32::from(self.accumulate))
+        arguments.with(self.part_rows as i64).with(self.distance as i64).with(i32::from(self.accumulate))
     }
 }
 
-/// Sums over the rows of a matrix of `like`'s shape: `launch` sums parts of them, and the parts are added
-/// up into the target. Without a target the sums are dropped.
+/// Sums over the rows of a matrix of `like`'s shape, or of as many as there are targets: `launch` sums parts of them,
+/// and the parts are added up into the targets. Without a target the sums are dropped.
 fn sum_by_parts(
     cuda: &CudaDevice,
     like: &Tensor,
-    target: Option<&GradientTarget>,
+    targets: Option<SumTargets>,
     launch: impl FnOnce(Launch, Sums) -> Result<()>,
 ) -> Result<()> {
     let columns = like.size(like.rank() - 1);
-    let rows = like.elements() / columns.max(1);
+    let count = targets.map_or(1, |targets| targets.count);
+    let rows = like.elements() / (count * columns).max(1);
     let part_rows = rows.div_ceil(MOST_PARTS).max(LEAST_ROWS).next_multiple_of(ROW_STEP);
     let parts = rows.div_ceil(part_rows).max(1);
-    let grid = Launch::new([columns.div_ceil(COLUMNS).max(1), parts], THREADS);
-    let sums = |partials, accumulate| Sums { partials, rows, columns, part_rows, accumulate };
-    if let Some(target) = target.filter(|_| parts == 1) {
-        return launch(grid, sums(target.gradient.address(), target.accumulate));
+    let grid = Launch::new([columns.div_ceil(COLUMNS).max(1), parts, count], THREADS);
+    let sums =
+        |partials, distance, accumulate| Sums { partials, rows, columns, part_rows, distance, accumulate };
+    if let Some(SumTargets { first, distance, .. }) = targets.filter(|_| parts == 1) {
+        return launch(grid, sums(first.gradient.address(), distance, first.accumulate));
     }
-    let partials = Tensor::empty_for(like.device(), &[parts, columns], DType::F32, Purpose::Workspace)?;
-    launch(grid, sums(partials.address(), false))?;
-    target.map_or(Ok(()), |target| add_partials(cuda, &partials, like.dtype(), target))
+    let sizes = [count, parts, columns];
+    let partials = Tensor::empty_for(like.device(), &sizes, DType::F32, Purpose::Workspace)?;
+    launch(grid, sums(partials.address(), parts * columns, false))?;
+    targets.map_or(Ok(()), |targets| add_partials(cuda, &partials, like.dtype(), targets))
 }
 
-/// `target (+)= sum of the partial sums`, f32 `[parts, columns]`. The dtype is that of what was summed: its kernels are
-/// compiled already.
+/// Each target `(+)=` the sum of its partial sums; f32 `[targets, parts, columns]`. The dtype is that of what was
+/// summed: its kernels are compiled already.
 pub(super) fn add_partials(
     cuda: &CudaDevice,
     partials: &Tensor,
     dtype: DType,
-    target: &GradientTarget,
+    targets: SumTargets,
 ) -> Result<()> {
-    let (parts, columns) = (partials.size(0), partials.size(1));
+    let [count, parts, columns] = partials.shape("linear")?;
     let kernel = cuda.kernel(&SOURCE, "add_partials", &macros(dtype, Activation::None))?;
     let arguments = Arguments::new()
         .with(partials.address())
-        .with(target.gradient.address())
+        .with(targets.first.gradient.address())
         .with(parts as i32)
         .with(columns as i64)
-        .with(i32::from(target.accumulate));
-    // SAFETY: [parts, columns] and [columns] of f32.
-    unsafe { cuda.launch(kernel, Launch::new(columns.div_ceil(32).max(1), [32, 16]), arguments)? };
+        .with(targets.distance as i64)
+        .with(i32::from(targets.first.accumulate));
+    let launch = Launch::new([columns.div_ceil(32).max(1), count], [32, 16]);
+    // SAFETY: [targets, parts, columns], and for each target [columns], of f32.
+    unsafe { cuda.launch(kernel, launch, arguments)? };
     Ok(())
 }
 
@@ -318,7 +338,7 @@ fn over(cuda: &CudaDevice, tensor: &Tensor) -> Launch {
 }
 
 /// A view as an operand, with the tensor that keeps its memory.
-fn operand(view: MatrixView) -> Result<(Operand, Tensor)> {
+pub(in crate::ops) fn operand(view: MatrixView) -> Result<(Operand, Tensor)> {
     let element = view.memory.dtype().element_type("linear")?;
     let (rows, columns, [row, column]) = (view.rows, view.columns, view.strides);
     // Of a single row or column the stride is not used, and may be anything.
@@ -334,7 +354,7 @@ fn operand(view: MatrixView) -> Result<(Operand, Tensor)> {
     Ok((Operand::new(memory.address(), element, columns), memory))
 }
 
-fn output(tensor: &Tensor) -> Result<Output> {
+pub(in crate::ops) fn output(tensor: &Tensor) -> Result<Output> {
     assert!(tensor.is_contiguous(), "products are written to contiguous memory");
     Ok(Output::new(tensor.address(), tensor.dtype().element_type("linear")?, tensor.size(tensor.rank() - 1)))
 }

@@ -8,7 +8,7 @@ use anneal_device::{CudaDevice, Purpose};
 
 use super::super::gradient_target::GradientTarget;
 use super::Activation;
-use super::cuda::{add_partials, macros};
+use super::cuda::{SumTargets, add_partials, macros};
 use crate::{DType, Result, Tensor};
 
 const SOURCE: Source = Source {
@@ -106,12 +106,12 @@ pub(super) fn activation_gradient(
 ) -> Result<()> {
     let columns = y.size(y.rank() - 1);
     let parts = (y.elements() / columns).div_ceil(TILE_ROWS);
-    let partials = Tensor::empty_for(y.device(), &[parts, columns], DType::F32, Purpose::Workspace)?;
+    let partials = Tensor::empty_for(y.device(), &[1, parts, columns], DType::F32, Purpose::Workspace)?;
     let b = Matrix { memory: weight, box_rows: TILE_DEPTH / 2 };
     let written = [y.address(), preactivation.address(), hidden.address(), partials.address()];
     let macros = kernel_macros(gradient.dtype(), activation, true);
     launch(cuda, macros, gradient, b, std::ptr::null_mut(), written)?;
-    bias.map_or(Ok(()), |bias| add_partials(cuda, &partials, y.dtype(), bias))
+    bias.map_or(Ok(()), |bias| add_partials(cuda, &partials, y.dtype(), SumTargets::one(bias)))
 }
 
 /// The second factor as it lies in memory, and the rows of its boxes.

@@ -8,10 +8,12 @@
 //
 // activate, activation_backward: x, y, g, p, out [count], contiguous, any grid; threads stride over packs of 16
 // bytes where all pointers allow it. An output may be one of the inputs.
-// recompute_backward, column_sums: matrices [rows, columns], contiguous. Grid (columns / COLUMNS, parts) rounded up,
-// 256 threads: a block sums part_rows rows of COLUMNS columns, and writes row blockIdx.y of partials
-// [parts, columns]; where there is one part, that may be the result itself, which is added to if accumulate is set.
-// add_partials: grid (columns / 32) rounded up, block 32 x 16.
+// recompute_backward, column_sums: matrices [rows, columns], contiguous, of which column_sums takes several, one after
+// the other. Grid (columns / COLUMNS, parts, matrices) rounded up, 256 threads: a block sums part_rows rows of COLUMNS
+// columns, and writes row blockIdx.y of partials [parts, columns], those of the next matrix `distance` elements on;
+// where there is one part, that may be the result itself, which is added to if accumulate is set.
+// add_partials: grid (columns / 32, matrices) rounded up, block 32 x 16; partials [matrices, parts, columns] to sums
+// that lie `distance` elements apart.
 //
 // Sums are in f32 and in an order that the shape alone decides: rows of a thread, threads of a block,
 // blocks of a column. No kernel uses atomics.
@@ -46,7 +48,8 @@ __device__ __forceinline__ void store_some(T *to, const float (&values)[PACK], i
 }
 
 // Adds up the threads of a block that share columns, and writes the block's sums.
-__device__ __forceinline__ void write_sums(const float (&sums)[PACK], float *partials, i64 columns, bool accumulate) {
+__device__ __forceinline__ void
+write_sums(const float (&sums)[PACK], float *partials, i64 columns, i64 distance, bool accumulate) {
     __shared__ float shared[ROWS][COLUMNS];
     int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
 #pragma unroll
@@ -57,12 +60,13 @@ __device__ __forceinline__ void write_sums(const float (&sums)[PACK], float *par
     float sum = 0.0f;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) sum += shared[r][threadIdx.x];
-    float *to = partials + i64(blockIdx.y) * columns + column;
+    float *to = partials + i64(blockIdx.z) * distance + i64(blockIdx.y) * columns + column;
     *to = accumulate ? *to + sum : sum;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-column_sums(const T *g, float *partials, i64 rows, i64 columns, i64 part_rows, int accumulate) {
+column_sums(const T *g, float *partials, i64 rows, i64 columns, i64 part_rows, i64 distance, int accumulate) {
+    g += i64(blockIdx.z) * rows * columns;
     i64 column = i64(blockIdx.x) * COLUMNS + (threadIdx.x % LANES) * PACK;
     int valid = int(min(i64(PACK), max(i64(0), columns - column)));
     bool whole = columns % PACK == 0 && is_aligned<PACK>(g);
@@ -80,12 +84,14 @@ column_sums(const T *g, float *partials, i64 rows, i64 columns, i64 part_rows, i
 #pragma unroll
             for (int i = 0; i < PACK; ++i) sums[i] += packs[k][i];
     }
-    write_sums(sums, partials, columns, accumulate);
+    write_sums(sums, partials, columns, distance, accumulate);
 }
 
 extern "C" __global__ void __launch_bounds__(512)
-add_partials(const float *partials, float *sums, int parts, i64 columns, int accumulate) {
+add_partials(const float *partials, float *sums, int parts, i64 columns, i64 distance, int accumulate) {
     __shared__ float shared[16][32];
+    partials += i64(blockIdx.y) * parts * columns;
+    sums += i64(blockIdx.y) * distance;
     i64 column = i64(blockIdx.x) * 32 + threadIdx.x;
     float sum = 0.0f;
     if (column < columns) {
@@ -145,7 +151,8 @@ extern "C" __global__ void activation_backward(const T *g, const T *p, T *out, i
 
 // h may be p.
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-recompute_backward(T *g, const T *p, T *h, float *partials, i64 rows, i64 columns, i64 part_rows, int accumulate) {
+recompute_backward(
+    T *g, const T *p, T *h, float *partials, i64 rows, i64 columns, i64 part_rows, i64 distance, int accumulate) {
     i64 column = i64(blockIdx.x) * COLUMNS + (threadIdx.x % LANES) * PACK;
     int valid = int(min(i64(PACK), max(i64(0), columns - column)));
     bool whole = columns % PACK == 0 && is_aligned<PACK>(g) && is_aligned<PACK>(p) && is_aligned<PACK>(h);
@@ -176,6 +183,6 @@ recompute_backward(T *g, const T *p, T *h, float *partials, i64 rows, i64 column
             store_some(h + at, values, valid, whole);
         }
     }
-    write_sums(sums, partials, columns, accumulate);
+    write_sums(sums, partials, columns, distance, accumulate);
 }
 #endif

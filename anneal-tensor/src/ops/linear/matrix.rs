@@ -4,7 +4,7 @@ use crate::shape::reshape_strides;
 use crate::{Result, Tensor};
 
 /// A tensor as `[rows, columns]`; it holds the copy that a view without such strides needs.
-pub(super) struct MatrixView {
+pub(in crate::ops) struct MatrixView {
     pub memory: Tensor,
     pub rows: usize,
     pub columns: usize,

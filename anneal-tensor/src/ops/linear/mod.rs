@@ -6,7 +6,7 @@
 pub(super) mod cpu;
 pub(super) mod cuda;
 mod hopper;
-mod matrix;
+pub(super) mod matrix;
 
 use crate::{BackwardPass, Op, Outputs, Result, Saver, Tensor, TensorError, apply};
 use anneal_device::Device;

@@ -155,6 +155,25 @@ fn the_gradient_of_a_split_is_one_launch() {
     });
 }
 
+/// More pieces than one launch takes, of two layouts, with gaps.
+#[test]
+fn many_pieces_are_joined() {
+    on_every_device("joining many pieces", |device| {
+        let tensor = |place: usize, width: usize| {
+            let values: Vec<f32> = (0..3 * width).map(|i| (place * 100 + i) as f32).collect();
+            Tensor::from_slice(device, &values, &[3, width]).unwrap()
+        };
+        let widths: Vec<usize> = [8; 200].into_iter().chain([5, 8, 8, 3]).chain([4; 12]).collect();
+        let pieces: Vec<Tensor> = widths.iter().enumerate().map(|(i, width)| tensor(i, *width)).collect();
+        let joined = ops::concat(&pieces.iter().collect::<Vec<_>>(), 1).unwrap().to_vec::<f32>().unwrap();
+        let row = |row: usize| {
+            let pieces = widths.iter().enumerate();
+            pieces.flat_map(move |(i, width)| (0..*width).map(move |j| (i * 100 + row * width + j) as f32))
+        };
+        assert_eq!(joined, (0..3).flat_map(row).collect::<Vec<f32>>());
+    });
+}
+
 #[test]
 fn shapes_that_do_not_fit_are_named() {
     let x = Tensor::zeros(&Device::cpu(Some(1), None), &[2, 3], anneal_tensor::DType::F32).unwrap();

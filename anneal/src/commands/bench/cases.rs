@@ -57,6 +57,18 @@ impl Case {
         Self { products, ..case }
     }
 
+    /// The modulations of all blocks: layers over the same conditioning, each cut into six vectors.
+    fn modulations(layers: usize, [b, d]: [usize; 2]) -> Self {
+        let of_each = |sizes: &[usize]| vec![sizes.to_vec(); layers];
+        let inputs = [vec![vec![b, d]], of_each(&[6 * d, d]), of_each(&[6 * d])].concat();
+        let case = Self::new("linear_stack", 1, inputs, move |t| {
+            let all: Vec<&Tensor> = t.iter().collect();
+            let (weights, biases) = all[1..].split_at(layers);
+            Ok(ops::linear_stack(all[0], weights, biases, 6)?)
+        });
+        Self { products: (layers * b * 6 * d * d) as f64, ..case }
+    }
+
     /// Self-attention over packed queries, keys and values. Its backward multiplies five times where the
     /// forward does twice: it computes the scores again.
     pub fn attention(name: &str, times: usize, [b, heads, n, width]: [usize; 4]) -> Self {
@@ -105,7 +117,7 @@ fn of_ends(config: &DitConfig, objective: &Objective, b: usize) -> Vec<Case> {
         },
         Case::linear("linear patches", 1, &[b, n, patch * channels], d),
         Case::new("silu", 1, vec![vec![b, d]], |t| Ok(one(ops::silu(&t[0])?))),
-        Case::linear("linear modulation", depth, &[b, d], 6 * d),
+        Case::modulations(depth, [b, d]),
         Case::new("layer_norm_modulate", 1, vec![vec![b, n, d], vec![b, d], vec![b, d]], |t| {
             Ok(one(ops::layer_norm_modulate(&t[0], &t[1], &t[2], EPSILON)?))
         }),
