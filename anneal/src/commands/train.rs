@@ -89,7 +89,7 @@ pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
     recipe.memory_limit = arguments.memory_limit.or(recipe.memory_limit);
     let (report, code) = run_recipe(&recipe, false, false)?;
     print_report(&recipe, &report);
-    if report.stopped {
+    if report.stopped || code != ExitCode::SUCCESS {
         return Ok(code);
     }
     let out = arguments.output.join("samples.png");
@@ -118,7 +118,10 @@ fn run_recipe(recipe: &Recipe, quiet: bool, changed_recipe: bool) -> Result<(Run
         sampling::preview(recipe, model.clone(), store, progress).map_err(|error| format!("{error:#}"))
     };
     let show = if quiet { Show::Nothing } else { Show::Auto };
-    let report = run::run(recipe, &RunOptions { show, stop, preview: &preview, changed_recipe })?;
+    let report =
+        run::run(recipe, &RunOptions { show, stop: stop.clone(), preview: &preview, changed_recipe })?;
+    // Nothing is left to be saved: the next signal ends the process at once.
+    stop.store(true, Ordering::Relaxed);
     let code = match signal.load(Ordering::Relaxed) {
         0 => ExitCode::SUCCESS,
         signal => ExitCode::from(128 + signal as u8),

@@ -95,8 +95,12 @@ impl Folder {
 
     /// As [`Self::train`], but returns at once.
     pub fn spawn_train(&self, run: &str, changes: &[&str]) -> Running {
-        let output = format!("output={run}");
-        let mut command = self.command(&train_arguments(&output, changes));
+        self.spawn(&train_arguments(&format!("output={run}"), changes))
+    }
+
+    /// As [`Self::anneal`], but returns at once.
+    pub fn spawn(&self, arguments: &[&str]) -> Running {
+        let mut command = self.command(arguments);
         Running(Some(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()))
     }
 

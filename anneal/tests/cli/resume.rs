@@ -131,6 +131,19 @@ fn a_signal_stops_the_drawing_of_samples_too() {
     assert_same_grids(&folder, "whole", "run", [4, 8]);
 }
 
+/// The samples that come after training take seconds, and nothing of them can be saved.
+#[test]
+fn a_signal_ends_the_quick_start_at_its_samples() {
+    let folder = Folder::new();
+    let changes = ["train.steps=1", "optim.warmup=0", "sample.every=0", "sample.steps=1000"];
+    let mut running = folder.spawn(&[&["quickstart", "--output", "run"], &changes[..]].concat());
+    running.wait_for(&folder.path("run/checkpoints/step-00000001"));
+    std::thread::sleep(Duration::from_millis(300));
+    running.signal("INT");
+    let stopped = running.finish().ends(130, &["trained 1 step"]);
+    assert!(!folder.path("run/samples.png").exists(), "{stopped:#?}");
+}
+
 /// As a run leaves that ended before its last samples were drawn.
 #[test]
 fn samples_that_are_missing_at_the_end_are_drawn() {
