@@ -96,7 +96,7 @@ impl Problem {
     }
 
     /// A name that is different for different problems, and fit for a file. How far apart the products of a batch lie is no
-    /// part of it: the algorithm is chosen once, so bits do not depend on where parameters lie.
+    /// part of it, so that equal layouts at other distances share a choice.
     pub fn name(&self) -> String {
         let element = |element| match element {
             ElementType::F32 => "f32",

