@@ -31,6 +31,10 @@ pub enum TrainError {
         "the checkpoint in {run} was made by another recipe, so it cannot be continued by this one:\n  {differences}\n{advice}"
     )]
     OtherRecipe { run: String, differences: String, advice: String },
+    #[error(
+        "{run} is at step {step} already, and train.steps is {steps}: ask for at least {step}, or choose another output folder to train anew"
+    )]
+    FewerSteps { run: String, step: u64, steps: u64 },
     #[error("drawing samples failed: {0}")]
     Preview(String),
 }

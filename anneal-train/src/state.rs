@@ -124,12 +124,13 @@ pub fn save(trainer: &Trainer, lock: &RunLock) -> Result<()> {
 /// damaged ones, and about a learning rate that rises again.
 ///
 /// # Errors
-/// If the recipe differs from the checkpoint's in what it trains, unless `changed_recipe`.
+/// If the recipe differs from the checkpoint's in what it trains, unless `changed_recipe`; if it has fewer steps than are done.
 pub fn resume(trainer: &mut Trainer, run: &Path, changed_recipe: bool) -> Result<Vec<String>> {
     let newest = checkpoint::open_newest_whole(run)?;
     let Some(checkpoint) = newest.checkpoint else { return Ok(newest.warnings) };
     let saved = SavedState::of(&checkpoint)?;
     let old_recipe = saved.recipe()?;
+    check_steps(&trainer.recipe, saved.step, run)?;
     check_same_recipe(&old_recipe, &trainer.recipe, run, changed_recipe)?;
     let store: &dyn ParamStore = &*trainer.store;
     let read = |group: &str, name: &str| checkpoint.read(group, name);
@@ -198,6 +199,15 @@ const FREE: [&str; 17] = [
 
 /// Keys that may never change within a run: the shapes in its checkpoints.
 const FIXED: [&str; 2] = ["model", "ema"];
+
+/// What was trained cannot be taken back, and a recipe that says so would no longer fit its checkpoints.
+fn check_steps(recipe: &Recipe, step: u64, run: &Path) -> Result<()> {
+    let steps = recipe.train.steps as u64;
+    if steps < step {
+        return Err(TrainError::FewerSteps { run: run.display().to_string(), step, steps });
+    }
+    Ok(())
+}
 
 fn check_same_recipe(old: &Recipe, new: &Recipe, run: &Path, changed: bool) -> Result<()> {
     let is_under = |line: &str, keys: &[&str]| {

@@ -144,6 +144,21 @@ fn a_signal_ends_the_quick_start_at_its_samples() {
     assert!(!folder.path("run/samples.png").exists(), "{stopped:#?}");
 }
 
+/// With fewer steps than are done the recipe would no longer fit its checkpoints.
+#[test]
+fn fewer_steps_than_are_done_are_refused_and_change_nothing() {
+    let folder = Folder::new();
+    folder.train("run", &[]).succeeds(&["trained 6 steps"]);
+    let recipe = std::fs::read(folder.path("run/recipe.yaml")).unwrap();
+    let refused = "run is at step 6 already, and train.steps is 4: ask for at least 6";
+    for changes in [["--steps", "4"], ["train.steps=4", "--quiet"]] {
+        folder.anneal(&[&["resume", "run"], &changes[..]].concat()).fails(&[refused]);
+    }
+    folder.train("run", &["train.steps=4"]).fails(&[refused]);
+    assert_eq!(std::fs::read(folder.path("run/recipe.yaml")).unwrap(), recipe);
+    folder.anneal(&["resume", "run", "--steps", "8", "--quiet"]).succeeds(&["2 more steps, 8 in all"]);
+}
+
 /// As a run leaves that ended before its last samples were drawn.
 #[test]
 fn samples_that_are_missing_at_the_end_are_drawn() {
