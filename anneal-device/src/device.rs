@@ -6,6 +6,9 @@ use std::sync::Arc;
 use crate::memory::Allocator;
 use crate::{Buffer, CudaDevice, DeviceError, MemoryStatistics, Purpose, ThreadPool};
 
+/// Threads that the operating system surely grants; it aborts a process that asks for far more.
+const MOST_THREADS: usize = 1024;
+
 /// A device; clones are the same device.
 #[derive(Clone)]
 pub enum Device {
@@ -40,6 +43,9 @@ impl Device {
     }
 
     /// Reads `cpu`, `cpu:THREADS`, `cuda` or `cuda:INDEX`.
+    ///
+    /// # Errors
+    /// If it is none of these, asks for more threads than any machine has processors, or names a GPU that cannot be used.
     pub fn parse(name: &str, memory_limit: Option<usize>) -> Result<Self, DeviceError> {
         let unknown = || DeviceError::UnknownDevice { name: name.into() };
         match name.split_once(':') {
@@ -47,6 +53,9 @@ impl Device {
             None if name == "cuda" => Self::cuda(0, memory_limit),
             Some(("cuda", index)) => Self::cuda(index.parse().map_err(|_| unknown())?, memory_limit),
             Some(("cpu", threads)) => match threads.parse::<usize>() {
+                Ok(threads) if threads > MOST_THREADS => {
+                    Err(DeviceError::TooManyThreads { threads, most: MOST_THREADS })
+                }
                 Ok(threads) if threads > 0 => Ok(Self::cpu(Some(threads), memory_limit)),
                 _ => Err(unknown()),
             },

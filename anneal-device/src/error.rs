@@ -5,6 +5,10 @@ pub enum DeviceError {
     OutOfMemory { device: String, bytes: usize, purpose: &'static str, in_use: usize, hint: String },
     #[error("unknown device '{name}': use 'cpu', 'cpu:THREADS', 'cuda' or 'cuda:INDEX'")]
     UnknownDevice { name: String },
+    #[error(
+        "cpu:{threads} asks for too many threads: at most {most}, and more than there are processors make it slower"
+    )]
+    TooManyThreads { threads: usize, most: usize },
     #[error("no CUDA device can be used: {reason}; {searched}")]
     NoCuda { reason: String, searched: String },
     #[error("{missing}; {searched}")]

@@ -69,6 +69,9 @@ fn shapes_that_contradict_each_other_are_both_named() {
     folder.train("run", &["model.heads=3"]).fails(&["heads"]);
     folder.train("run", &["train.accumulate=3"]).fails(&["accumulate", "batch"]);
     folder.train("run", &["device=gpu"]).fails(&["unknown device 'gpu'", "cpu:THREADS"]);
+    folder
+        .train("run", &["device=cpu:999999"])
+        .fails(&["cpu:999999 asks for too many threads: at most 1024"]);
 }
 
 #[test]
