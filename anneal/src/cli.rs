@@ -244,7 +244,8 @@ pub struct Inspect {
 
 /// Convert weights between layouts: a run or weights to a diffusers folder or an original DiT file.
 ///
-/// The diffusers folder opens in `diffusers.DiTPipeline` (with a VAE beside it for latent models).
+/// The diffusers folder holds the transformer and scheduler of `diffusers.DiTPipeline`, which wants a VAE too: those of a
+/// latent model open in it with `vae=...`, those of a model of pixels one by one.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   anneal convert runs/digits exported --to diffusers
