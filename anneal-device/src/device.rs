@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::memory::Allocator;
 use crate::{Buffer, CudaDevice, DeviceError, MemoryStatistics, Purpose, ThreadPool};
 
-/// Threads that the operating system surely grants; it aborts a process that asks for far more.
+/// The most threads of a CPU that a name may ask for: the operating system refuses far more, when many are made already.
 const MOST_THREADS: usize = 1024;
 
 /// A device; clones are the same device.
@@ -45,7 +45,7 @@ impl Device {
     /// Reads `cpu`, `cpu:THREADS`, `cuda` or `cuda:INDEX`.
     ///
     /// # Errors
-    /// If it is none of these, asks for more threads than any machine has processors, or names a GPU that cannot be used.
+    /// If it is none of these, asks for more than 1024 threads, or names a GPU that cannot be used.
     pub fn parse(name: &str, memory_limit: Option<usize>) -> Result<Self, DeviceError> {
         let unknown = || DeviceError::UnknownDevice { name: name.into() };
         match name.split_once(':') {

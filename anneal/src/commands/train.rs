@@ -89,7 +89,7 @@ pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
     recipe.memory_limit = arguments.memory_limit.or(recipe.memory_limit);
     let (report, code) = run_recipe(&recipe, false, false)?;
     print_report(&recipe, &report);
-    if report.stopped || code != ExitCode::SUCCESS {
+    if code != ExitCode::SUCCESS {
         return Ok(code);
     }
     let out = arguments.output.join("samples.png");

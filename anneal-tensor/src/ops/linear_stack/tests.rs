@@ -227,6 +227,40 @@ fn gradients_go_into_sinks_wherever_they_lie() {
     });
 }
 
+/// A vector that nothing was made of, and a whole layer of such.
+#[test]
+fn vectors_without_a_gradient_count_as_zeros() {
+    on_every_device("unused vectors of linear_stack", |device| {
+        let (layers, rows, inner, outputs) = (6, 3, 4, 8);
+        let tensor = |seed: usize, sizes: &[usize]| {
+            Tensor::from_slice(device, &whole(sizes.iter().product(), seed), sizes).unwrap()
+        };
+        let gradients = |unused: &dyn Fn() -> Option<Tensor>| {
+            let tape = Tape::new();
+            let variables = |first: usize, sizes: &[usize]| -> Vec<Tensor> {
+                (0..layers).map(|layer| tape.variable(&tensor(first + layer, sizes))).collect()
+            };
+            let x = tape.variable(&tensor(1, &[rows, inner]));
+            let (weights, biases) = (variables(2, &[outputs, inner]), variables(20, &[outputs]));
+            let vectors = stack(&x, &weights, &biases, 2).unwrap().into_iter().enumerate();
+            let seed = |index: usize| match index {
+                0 | 1 | 5 => unused(),
+                _ => Some(tensor(40 + index, &[rows, outputs / 2])),
+            };
+            let seeds = vectors.filter_map(|(index, vector)| Some((vector, seed(index)?))).collect();
+            tape.backward_from(seeds).unwrap();
+            let all = std::iter::once(&x).chain(&weights).chain(&biases);
+            let values = |variable| tape.take_gradient(variable).unwrap().to_vec::<f32>().unwrap();
+            all.map(values).collect::<Vec<_>>()
+        };
+        let zeros = || Some(Tensor::zeros(device, &[rows, outputs / 2], DType::F32).unwrap());
+        let expected = gradients(&zeros);
+        assert!(expected[0].iter().any(|value| *value != 0.0), "the others count");
+        assert!(expected[1].iter().all(|value| *value == 0.0), "the first layer is unused");
+        assert_eq!(gradients(&|| None), expected, "on {device}");
+    });
+}
+
 /// On a GPU a stack in one memory is a product for the outputs, one for the inputs' gradients and their sum, one for the
 /// weights', one launch for the biases', and one that brings the gradients together.
 #[test]

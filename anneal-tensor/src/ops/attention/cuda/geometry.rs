@@ -1,8 +1,6 @@
 //! Tile sizes, shared memory and grids of the attention kernels.
 //!
-//! Measured on one H200 in bf16, 16 heads of 72, forward and backward together (the library's in brackets): 64
-//! images of 256 tokens 0.225 ms (cuDNN 9: 0.378), 16 of 1024 tokens 0.98 (1.02), 4 of 4096 tokens 3.23 (3.34); 256 images of
-//! 256 tokens, 12 heads of 64, 0.509 (0.849).
+//! What they were measured by: `benchmarks/2026-11-25-h200-attention-backward` and `-few-rows-and-forward`.
 
 use anneal_device::cuda::{Launch, Properties};
 
