@@ -205,12 +205,25 @@ __device__ __forceinline__ void philox_4x32_10(u32 (&words)[4], u32 key_low, u32
 // else the fast forms, whose error of some 1e-6 is far below the rounding of bf16 and f16.
 #ifdef PRECISE
 __device__ __forceinline__ float exp_of(float x) { return expf(x); }
+__device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
 __device__ __forceinline__ float quotient(float a, float b) { return __fdiv_rn(a, b); }
+__device__ __forceinline__ float reciprocal_of(float x) { return __frcp_rn(x); }
 __device__ __forceinline__ float tanh_of(float x) { return tanhf(x); }
 __device__ __forceinline__ float reciprocal_root(float x) { return __frsqrt_rn(x); }
 #else
 __device__ __forceinline__ float exp_of(float x) { return __expf(x); }
 __device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
+// One instruction each; numbers too small for a normal float count as zero.
+__device__ __forceinline__ float exp2_of(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
+__device__ __forceinline__ float reciprocal_of(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
 __device__ __forceinline__ float tanh_of(float x) {
     float e = __expf(-2.0f * fabsf(x));
     return copysignf(__fdividef(1.0f - e, 1.0f + e), x);

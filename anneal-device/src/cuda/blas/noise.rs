@@ -35,11 +35,28 @@ impl CudaDevice {
         let Ok(buffer) = self.allocate(count * operand.element.size(), Purpose::Workspace) else {
             return Ok(None);
         };
-        let kernel = self.kernel(&SOURCE, "noise", &macros(operand.element))?;
-        let mut arguments = Arguments::new().with(buffer.as_ptr()).with(count as i64);
-        let launch = Launch::over(count, 256, self.properties().multiprocessors * 16);
         // SAFETY: the buffer holds so many elements.
-        unsafe { start(self.ordinal(), self.stream(), kernel, launch, &mut arguments)? };
+        unsafe { self.fill_with_noise(buffer.as_ptr(), operand.element, count)? };
         Ok(Some(buffer))
+    }
+
+    /// Fills memory with noise, for [`Self::choose`] to measure on. It is no work of the step.
+    ///
+    /// # Errors
+    /// If the device fails.
+    ///
+    /// # Safety
+    /// `memory` is this device's, and holds `count` elements.
+    pub unsafe fn fill_with_noise(
+        &self,
+        memory: *mut u8,
+        element: ElementType,
+        count: usize,
+    ) -> Result<(), DeviceError> {
+        let kernel = self.kernel(&SOURCE, "noise", &macros(element))?;
+        let mut arguments = Arguments::new().with(memory).with(count as i64);
+        let launch = Launch::over(count, 256, self.properties().multiprocessors * 16);
+        // SAFETY: the caller's promise.
+        unsafe { start(self.ordinal(), self.stream(), kernel, launch, &mut arguments) }
     }
 }

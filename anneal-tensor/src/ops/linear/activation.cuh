@@ -8,10 +8,11 @@
 #if ACTIVATION == 1
 // 0.5 x (1 + tanh u) = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3).
 __device__ __forceinline__ void value_and_derivative(float x, float &value, float &derivative) {
+    constexpr float SLOPE = 1.5957691216057308f, TWO_TO = -SLOPE * 1.4426950408889634f;
     float square = x * x;
-    float s = quotient(1.0f, 1.0f + exp_of(-1.5957691216057308f * x * (1.0f + 0.044715f * square)));
+    float s = reciprocal_of(1.0f + exp2_of(x * (TWO_TO + TWO_TO * 0.044715f * square)));
     value = x * s;
-    derivative = s + (value - value * s) * (1.5957691216057308f * (1.0f + 0.134145f * square));
+    derivative = s + (value - value * s) * (SLOPE + SLOPE * 0.134145f * square);
 }
 #elif ACTIVATION == 2
 __device__ __forceinline__ void value_and_derivative(float x, float &value, float &derivative) {

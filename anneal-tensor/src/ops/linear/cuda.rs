@@ -214,30 +214,44 @@ pub(in crate::ops) fn activation_input_gradient(
     bias: Option<&GradientTarget>,
 ) -> Result<Tensor> {
     let inner = Tensor::empty(gradient.device(), preactivation.dims(), gradient.dtype())?;
-    let in_two = |hidden: &Tensor, bias: Option<&GradientTarget>| {
+    let in_two = |gradient: &Tensor, hidden: &Tensor, bias: Option<&GradientTarget>| {
         input_gradient(cuda, gradient, weight, &inner)?;
         recompute_backward(cuda, activation, &inner, preactivation, hidden, bias)
     };
     if !hopper::takes(cuda, activation, &[gradient, weight, preactivation, hidden, &inner]) {
-        in_two(hidden, bias)?;
+        in_two(gradient, hidden, bias)?;
         return Ok(inner);
     }
-    let own = |hidden: &Tensor, bias: Option<&GradientTarget>| {
+    let own = |gradient: &Tensor, hidden: &Tensor, bias: Option<&GradientTarget>| {
         hopper::activation_gradient(cuda, activation, gradient, weight, preactivation, hidden, &inner, bias)
     };
     let (depth, columns) = (gradient.size(gradient.rank() - 1), inner.size(inner.rank() - 1));
     let name =
         format!("{activation:?}-gradient-{}-{}x{columns}x{depth}", inner.dtype(), inner.elements() / columns);
-    // To be measured, the work must leave the pre-activation as it is.
+    let mut standing_in = None;
     let mut run = |way| {
+        let noise = match &standing_in {
+            Some(noise) => noise,
+            None => standing_in.insert(noise_like(cuda, gradient)?),
+        };
+        // To be measured, the work must leave the pre-activation as it is.
         let elsewhere = Tensor::empty(inner.device(), inner.dims(), inner.dtype())?;
-        if way == 0 { own(&elsewhere, None) } else { in_two(&elsewhere, None) }
+        if way == 0 { own(noise, &elsewhere, None) } else { in_two(noise, &elsewhere, None) }
     };
     match cuda.choose(&name.to_lowercase(), 2, &mut run)? {
-        0 => own(hidden, bias)?,
-        _ => in_two(hidden, bias)?,
+        0 => own(gradient, hidden, bias)?,
+        _ => in_two(gradient, hidden, bias)?,
     }
     Ok(inner)
+}
+
+/// Noise in a tensor's shape, to measure on: gradients of a first step may be zeros, for which a GPU needs less power.
+fn noise_like(cuda: &CudaDevice, tensor: &Tensor) -> Result<Tensor> {
+    let noise = Tensor::empty_for(tensor.device(), tensor.dims(), tensor.dtype(), Purpose::Workspace)?;
+    let element = tensor.dtype().element_type("linear")?;
+    // SAFETY: the tensor is new, and contiguous.
+    unsafe { cuda.fill_with_noise(noise.address(), element, noise.elements())? };
+    Ok(noise)
 }
 
 /// `bias (+)= sum of g over rows`, for each of as many matrices, one after the other, as there are targets.

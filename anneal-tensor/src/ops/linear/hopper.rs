@@ -24,11 +24,9 @@ const TILE_ROWS: usize = 128;
 const TILE_COLUMNS: usize = 256;
 const TILE_DEPTH: usize = 64;
 const PANEL_COLUMNS: usize = 64;
-const THREADS: usize = 512;
-/// Threads of the epilogue, rows that they work on together, and pairs of these that are copied ahead.
-const FINISHING_THREADS: usize = 192;
-const ROWS_TOGETHER: usize = FINISHING_THREADS * 8 / TILE_COLUMNS;
-const AHEAD: usize = 2;
+const THREADS: usize = 640;
+/// Warps of the epilogue.
+const FINISHING_WARPS: usize = 8;
 
 fn kernel_macros(dtype: DType, activation: Activation, backward: bool) -> Vec<(&'static str, String)> {
     let mut macros = macros(dtype, activation);
@@ -50,11 +48,7 @@ pub(super) fn variants() -> Vec<Variant> {
 fn shared_bytes(backward: bool) -> usize {
     let stages = 3 * (TILE_ROWS + TILE_COLUMNS) * TILE_DEPTH * 2;
     let results = TILE_ROWS * TILE_COLUMNS * 2;
-    let extra = if backward {
-        ROWS_TOGETHER * TILE_COLUMNS * 4 + 2 * AHEAD * FINISHING_THREADS * 16
-    } else {
-        4 * TILE_COLUMNS * 2
-    };
+    let extra = if backward { 2 * FINISHING_WARPS * TILE_COLUMNS * 4 } else { 4 * TILE_COLUMNS * 2 };
     stages + results + extra + (2 * 3 + 4) * 8
 }
 

@@ -9,39 +9,38 @@
 // transpose (64, TILE_COLUMNS / 2). bias [columns], or null; y, p, h [rows, columns]; all contiguous, rows of whole 16
 // bytes; partials [tiles of rows, columns].
 //
-// Grid: clusters of two blocks, as many as run at once; 512 threads. Of a block's first eight warps one copies tiles in, and
-// six do the epilogue of a tile while the other eight are at the next one: these multiply, 64 rows a warpgroup. Results
+// Grid: clusters of two blocks, as many as run at once; 640 threads. A block's first eight warps do the epilogue of a tile while
+// the next eight are at the next one: these multiply, 64 rows a warpgroup. Of the last four one copies tiles in. Results
 // go to the epilogue by way of shared memory, rounded to elements: so it costs the matrix units only the time of writing
-// 64 KB there, however long it waits for device memory. The two blocks of a cluster work on neighbouring tiles of rows and
-// the same columns, and each copies half of B for both.
+// 64 KB there, however long it waits for device memory. Two warps on each of a multiprocessor's four schedulers do the epilogue:
+// its arithmetic is what they wait for, and uneven shares would leave schedulers idle. The two blocks of a cluster work on
+// neighbouring tiles of rows and the same columns, and each copies half of B for both.
 // Every result is summed in one order, by depth; partials by rows of a thread, then over threads. No atomics.
 
 typedef ELEMENT T;
 constexpr int CLUSTER = 2;
 constexpr int TILE_ROWS = 128, TILE_COLUMNS = 256, TILE_DEPTH = 64, HALF_ROWS = 64;
-constexpr int STAGES = 3, MULTIPLYING_GROUPS = 2, FIRST_MULTIPLYING = 256, THREADS = 512;
+constexpr int STAGES = 3, MULTIPLYING_GROUPS = 2;
+// Warps of the epilogue, then those that multiply, then the one that copies.
+constexpr int FINISHING_WARPS = 8, FINISHING_THREADS = 32 * FINISHING_WARPS;
+constexpr int FIRST_COPYING = FINISHING_THREADS + MULTIPLYING_GROUPS * 128, THREADS = FIRST_COPYING + 128;
 // Of a thread: what those that multiply need is given by the others.
-constexpr int MULTIPLYING_REGISTERS = 168, OTHER_REGISTERS = 88;
+constexpr int MULTIPLYING_REGISTERS = 160, FINISHING_REGISTERS = 64, COPYING_REGISTERS = 32;
 constexpr int A_BYTES = TILE_ROWS * TILE_DEPTH * 2, STAGE_BYTES = A_BYTES + TILE_COLUMNS * TILE_DEPTH * 2;
 // A panel: 64 elements (128 bytes) of each of 64 rows of memory.
 constexpr int PANEL_BYTES = 64 * 128;
 // Columns of one product: all at once would not fit the registers that the compiler grants before some are given away.
 constexpr int SIDE = TILE_COLUMNS / 2, SIDE_BYTES = SIDE * TILE_DEPTH * 2;
 
-// In the epilogue neighbours take 8 columns each of a row, all threads ROWS_TOGETHER rows, and a thread two such passes
-// at once, PAIRS times for a tile. Its arguments are copied AHEAD pairs before it needs them.
-constexpr int FINISHING_THREADS = 192, LANES = TILE_COLUMNS / 8, ROWS_TOGETHER = FINISHING_THREADS / LANES;
-static_assert(FINISHING_THREADS % LANES == 0, "every thread of the epilogue has work");
-constexpr int PAIRS = (TILE_ROWS + 2 * ROWS_TOGETHER - 1) / (2 * ROWS_TOGETHER), AHEAD = 2;
-// The pair that is the first to need the second half of a tile, and the last to need the first.
-constexpr int FIRST_OF_SECOND = HALF_ROWS / ROWS_TOGETHER / 2, LAST_OF_FIRST = (HALF_ROWS - 1) / ROWS_TOGETHER / 2;
+// In the epilogue a warp takes a row at a time, 8 columns a lane.
+constexpr int PASSES = TILE_ROWS / FINISHING_WARPS, HALF_PASSES = HALF_ROWS / FINISHING_WARPS;
+static_assert(TILE_COLUMNS == 32 * 8 && TILE_COLUMNS == FINISHING_THREADS, "a warp has a row, a thread the sum of a column");
 
 // Shared memory: stages, results between the multiplying and the epilogue, then the bias of all tiles whose copies may be
-// under way or the sums of rows and the arguments ahead, then barriers.
+// under way or the sums of the warps' rows, of two tiles in turns, then barriers.
 constexpr int STAGED = STAGES * STAGE_BYTES, EXTRA = STAGED + TILE_ROWS * TILE_COLUMNS * 2;
-constexpr int BIASES = STAGES + 1, BIAS_BYTES = TILE_COLUMNS * 2;
-constexpr int ARGUMENTS = EXTRA + ROWS_TOGETHER * TILE_COLUMNS * 4, PASS_BYTES = FINISHING_THREADS * 16;
-constexpr int BARRIERS = BACKWARD ? ARGUMENTS + AHEAD * 2 * PASS_BYTES : EXTRA + BIASES * BIAS_BYTES;
+constexpr int BIASES = STAGES + 1, BIAS_BYTES = TILE_COLUMNS * 2, SUMS_BYTES = FINISHING_WARPS * TILE_COLUMNS * 4;
+constexpr int BARRIERS = EXTRA + (BACKWARD ? 2 * SUMS_BYTES : BIASES * BIAS_BYTES);
 
 /// A tensor map of the driver.
 struct alignas(64) Map {
@@ -157,141 +156,92 @@ __device__ __forceinline__ void multiply_tiles(u32 base, bool biased, int half, 
     }
 }
 
-/// What a thread of the epilogue works on: 8 columns of every few rows.
-struct Share {
-    int lane = (threadIdx.x - 32) % LANES, together = (threadIdx.x - 32) / LANES;
+/// In how many rows of a tile a thread of the epilogue has 8 columns; its rows are FINISHING_WARPS apart.
+__device__ __forceinline__ int rows_of_thread(const Tiles &tiles, int tile) {
+    const int row = tiles.row(tile) + threadIdx.x / 32, column = tiles.column(tile) + threadIdx.x % 32 * 8;
+    if (column >= tiles.columns || row >= tiles.rows) return 0;
+    return (tiles.rows - row + FINISHING_WARPS - 1) / FINISHING_WARPS;
+}
 
-    __device__ __forceinline__ int row(int pass) const { return together + pass * ROWS_TOGETHER; }
-};
+/// 16 bytes of memory that nobody needs again soon: they make way in the caches for the operands. If `valid`, without a branch; else
+/// zeros are loaded.
+__device__ __forceinline__ void load_passing(u32 (&words)[4], const void *from, bool valid) {
+    asm volatile(
+        "{.reg .pred valid; setp.ne.b32 valid, %5, 0;\n"
+        "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+        "@valid ld.global.cs.v4.b32 {%0,%1,%2,%3}, [%4];}"
+        : "=&r"(words[0]), "=&r"(words[1]), "=&r"(words[2]), "=&r"(words[3])
+        : "l"(from), "r"(int(valid))
+        : "memory");
+}
 
-/// The arguments of a thread, copied to places of its own: of loads to registers a warp could tell only few apart,
-/// and would wait for the last.
-struct Ahead {
-    const T *p;
-    u32 places;
-    int tile, pair = 0, place = 0, row, column;
+__device__ __forceinline__ void store_passing(void *to, const u32 (&words)[4], bool valid) {
+    asm volatile(
+        "{.reg .pred valid; setp.ne.b32 valid, %5, 0; @valid st.global.cs.v4.b32 [%0], {%1,%2,%3,%4};}" ::"l"(to),
+        "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(int(valid))
+        : "memory");
+}
 
-    __device__ __forceinline__ Ahead(const T *p, u32 base, const Tiles &tiles, Share share)
-        : p(p), places(base + ARGUMENTS + (threadIdx.x - 32) * 16), tile(tiles.first) {
-        locate(tiles, share);
-        for (int k = 0; k < AHEAD && BACKWARD; k++) request(tiles, share);
-    }
-
-    __device__ __forceinline__ void locate(const Tiles &tiles, Share share) {
-        row = tile < tiles.count ? tiles.row(tile) : tiles.rows;
-        column = tiles.column(tile) + share.lane * 8;
-    }
-
-    /// Starts the copies of one more pair.
-    __device__ __forceinline__ void request(const Tiles &tiles, Share share) {
+/// One row's results to what is stored, at `at`; sums of gradients over rows.
+__device__ __forceinline__ void finish_row(
+    const Held<T, 8> &argument, const Held<T, 8> &results, i64 at, bool valid, T *y, T *p, T *h, float (&sums)[8]) {
+    float values[8], gradients[8];
 #pragma unroll
-        for (int k = 0; k < 2; k++) {
-            const int in_tile = share.row(2 * pair + k);
-            const bool valid = in_tile < TILE_ROWS && row + in_tile < tiles.rows && column < tiles.columns;
-            const i64 at = valid ? i64(row + in_tile) * tiles.columns + column : 0;
-            copy_16(places + (2 * place + k) * PASS_BYTES, p + at, valid);
-        }
-        commit_copies();
-        if (++place == AHEAD) place = 0;
-        if (++pair < PAIRS) return;
-        pair = 0;
-        tile += tiles.stride;
-        locate(tiles, share);
+    for (int e = 0; e < 8; e++) {
+        float derivative;
+        value_and_derivative(BACKWARD ? argument[e] : results[e], values[e], derivative);
+        gradients[e] = results[e] * derivative;
+        sums[e] += gradients[e];
     }
-
-    /// The pair that was requested first, of those whose place is not taken anew. `request` takes it.
-    __device__ __forceinline__ void take(Held<T, 8> (&arguments)[2]) const {
-        wait_copies<AHEAD - 1>();
-#pragma unroll
-        for (int k = 0; k < 2; k++) load_chunk(arguments[k].words, places + (2 * place + k) * PASS_BYTES);
-    }
-};
-
-/// Two rows' results to what is stored, at `at`; sums of gradients over rows.
-__device__ __forceinline__ void finish_pair(
-    const Held<T, 8> (&arguments)[2], const Held<T, 8> (&results)[2], const i64 (&at)[2], const bool (&valid)[2], T *y,
-    T *p, T *h, float (&sums)[8]) {
-    Held<T, 8> value[2], gradient[2];
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-        float values[8], gradients[8];
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-            float derivative;
-            value_and_derivative(BACKWARD ? arguments[k][e] : results[k][e], values[e], derivative);
-            gradients[e] = results[k][e] * derivative;
-            sums[e] += gradients[e];
-        }
-        value[k] = rounded<T>(values), gradient[k] = rounded<T>(gradients);
-    }
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-        if (BACKWARD) {
-            store_16(y + at[k], gradient[k].words, valid[k]);
-            store_16(h + at[k], value[k].words, valid[k]);
-        } else {
-            store_16(p + at[k], results[k].words, valid[k] && p != nullptr);
-            store_16(y + at[k], value[k].words, valid[k]);
-        }
+    const Held<T, 8> value = rounded<T>(values), gradient = rounded<T>(gradients);
+    if (BACKWARD) {
+        store_passing(y + at, gradient.words, valid);
+        store_passing(h + at, value.words, valid);
+    } else {
+        store_passing(p + at, results.words, valid && p != nullptr);
+        store_passing(y + at, value.words, valid);
     }
 }
 
-__device__ __forceinline__ void meet_finishing() {
-    asm volatile("bar.sync 1, %0;" ::"n"(FINISHING_THREADS) : "memory");
-}
-
-/// Sums of a tile's rows, over the threads that share columns.
+/// Sums of a tile's rows, over the warps. `sums` of a tile lie where those of the tile before are not.
 __device__ __forceinline__ void write_sums(
-    const float (&sums)[8], char *memory, float *partials, int tile, Share share, const Tiles &tiles) {
-    float *shared = reinterpret_cast<float *>(memory + EXTRA);
-    const int row = tiles.row(tile), column = tiles.column(tile);
+    const float (&sums)[8], float *shared, float *partials, int tile, const Tiles &tiles) {
+    const int row = tiles.row(tile), column = tiles.column(tile) + threadIdx.x;
+    float *own = shared + threadIdx.x / 32 * TILE_COLUMNS + threadIdx.x % 32 * 8;
 #pragma unroll
-    for (int e = 0; e < 8; e++) shared[share.together * TILE_COLUMNS + share.lane * 8 + e] = sums[e];
-    meet_finishing();
+    for (int e = 0; e < 8; e += 4)
+        *reinterpret_cast<float4 *>(own + e) = {sums[e], sums[e + 1], sums[e + 2], sums[e + 3]};
+    asm volatile("bar.sync 1, %0;" ::"n"(FINISHING_THREADS) : "memory");
+    float sum = 0.0f;
 #pragma unroll
-    for (int at = threadIdx.x - 32; at < TILE_COLUMNS; at += FINISHING_THREADS) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int part = 0; part < ROWS_TOGETHER; part++) sum += shared[part * TILE_COLUMNS + at];
-        if (row < tiles.rows && column + at < tiles.columns)
-            partials[i64(row / TILE_ROWS) * tiles.columns + column + at] = sum;
-    }
-    meet_finishing();
+    for (int warp = 0; warp < FINISHING_WARPS; warp++) sum += shared[warp * TILE_COLUMNS + threadIdx.x];
+    if (row < tiles.rows && column < tiles.columns) partials[i64(row / TILE_ROWS) * tiles.columns + column] = sum;
 }
 
-/// The threads of the epilogue.
+/// The threads of the epilogue. An argument is loaded while the row before it is finished.
 __device__ __forceinline__ void finish_tiles(
     u32 base, char *memory, T *y, T *p, T *h, float *partials, const Tiles &tiles) {
-    const Share share;
+    const i64 distance = i64(FINISHING_WARPS) * tiles.columns;
+    const u32 own = staged(base, threadIdx.x / 32, threadIdx.x % 32);
     int phase = 0;
-    Ahead ahead(p, base, tiles, share);
     for (int tile = tiles.first; tile < tiles.count; tile += tiles.stride, phase ^= 1) {
-        const int row = tiles.row(tile), column = tiles.column(tile) + share.lane * 8;
+        const int count = rows_of_thread(tiles, tile);
+        i64 at = i64(tiles.row(tile) + threadIdx.x / 32) * tiles.columns + tiles.column(tile) + threadIdx.x % 32 * 8;
         float sums[8] = {};
-#pragma unroll 1
-        for (int pair = 0; pair < PAIRS; pair++) {
-            if (pair == 0) wait_barrier(written(base, 0), phase);
-            if (pair == FIRST_OF_SECOND) wait_barrier(written(base, 1), phase);
-            Held<T, 8> arguments[2] = {}, results[2];
-            i64 at[2];
-            bool valid[2];
-            if (BACKWARD) ahead.take(arguments);
-#pragma unroll
-            for (int k = 0; k < 2; k++) {
-                const int in_tile = share.row(2 * pair + k);
-                load_chunk(results[k].words, staged(base, in_tile, share.lane));
-                valid[k] = in_tile < TILE_ROWS && row + in_tile < tiles.rows && column < tiles.columns;
-                at[k] = i64(row + in_tile) * tiles.columns + column;
-#pragma unroll
-                for (int word = 0; word < 4; word++)
-                    if (!valid[k]) results[k].words[word] = 0;
-            }
-            finish_pair(arguments, results, at, valid, y, p, h, sums);
-            if (BACKWARD) ahead.request(tiles, share);
-            if (pair == LAST_OF_FIRST) arrive(taken(base, 0));
-            if (pair == PAIRS - 1) arrive(taken(base, 1));
+        Held<T, 8> coming{};
+        if (BACKWARD) load_passing(coming.words, p + at, count > 0);
+#pragma unroll 2
+        for (int pass = 0; pass < PASSES; pass++, at += distance) {
+            if (pass % HALF_PASSES == 0) wait_barrier(written(base, pass / HALF_PASSES), phase);
+            const Held<T, 8> argument = coming;
+            if (BACKWARD) load_passing(coming.words, p + at + distance, pass + 1 < PASSES && pass + 1 < count);
+            Held<T, 8> results;
+            load_chunk(results.words, own + pass * FINISHING_WARPS * TILE_COLUMNS * 2);
+            finish_row(argument, results, at, pass < count, y, p, h, sums);
+            if (pass % HALF_PASSES == HALF_PASSES - 1) arrive(taken(base, pass / HALF_PASSES));
         }
-        if (BACKWARD) write_sums(sums, memory, partials, tile, share, tiles);
+        if (BACKWARD)
+            write_sums(sums, reinterpret_cast<float *>(memory + EXTRA + phase * SUMS_BYTES), partials, tile, tiles);
     }
 }
 
@@ -328,14 +278,15 @@ product_wgmma(const __grid_constant__ Map a, const __grid_constant__ Map b, cons
     tiles.column_tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
     tiles.count = (rows + CLUSTER * TILE_ROWS - 1) / (CLUSTER * TILE_ROWS) * tiles.column_tiles;
     tiles.first = blockIdx.x / CLUSTER, tiles.stride = gridDim.x / CLUSTER;
-    if (threadIdx.x >= FIRST_MULTIPLYING) {
+    if (threadIdx.x >= FIRST_COPYING) {
+        give_registers<COPYING_REGISTERS>();
+        if (threadIdx.x == FIRST_COPYING) copy_tiles(base, &a, &b, bias, tiles);
+    } else if (threadIdx.x >= FINISHING_THREADS) {
         take_registers<MULTIPLYING_REGISTERS>();
-        multiply_tiles(base, bias != nullptr, (threadIdx.x - FIRST_MULTIPLYING) / 128, tiles);
+        multiply_tiles(base, bias != nullptr, (threadIdx.x - FINISHING_THREADS) / 128, tiles);
     } else {
-        give_registers<OTHER_REGISTERS>();
-        if (threadIdx.x == 0) copy_tiles(base, &a, &b, bias, tiles);
-        if (threadIdx.x >= 32 && threadIdx.x < 32 + FINISHING_THREADS)
-            finish_tiles(base, memory, y, p, h, partials, tiles);
+        give_registers<FINISHING_REGISTERS>();
+        finish_tiles(base, memory, y, p, h, partials, tiles);
     }
     // A block that ended early could be copied to by the other.
     __syncwarp();
