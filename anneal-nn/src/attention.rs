@@ -6,7 +6,7 @@
 use anneal_tensor::ops::{self, Activation, AttentionInput};
 use anneal_tensor::{Result, Tensor};
 
-use crate::{Builder, Forward, Init, Linear};
+use crate::{Branch, Builder, Forward, Init, Linear};
 
 /// What attention runs on after an exchange.
 // It lives on the stack of one call: an allocation would cost more than its size.
@@ -56,8 +56,8 @@ impl SelfAttention {
         Self { qkv, output, heads }
     }
 
-    /// `[B, N, size]` to `[B, N, size]`.
-    pub fn forward(&self, forward: &Forward, input: &Tensor) -> Result<Tensor> {
+    /// `[B, N, size]` to a branch `[B, N, size]`.
+    pub fn forward(&self, forward: &Forward, input: &Tensor) -> Result<Branch> {
         let [b, n, d] = input.shape("self-attention")?;
         let head = d / self.heads;
         let qkv = self.qkv.forward(forward, input, Activation::None)?;
@@ -71,6 +71,6 @@ impl SelfAttention {
             }
         };
         let attended = forward.attention().restore(attended)?;
-        self.output.forward(forward, &ops::reshape(&attended, &[b, n, d])?, Activation::None)
+        self.output.branch(forward, &ops::reshape(&attended, &[b, n, d])?)
     }
 }

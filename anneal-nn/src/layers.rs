@@ -1,4 +1,4 @@
-//! Linear layers and the feed-forward pair.
+//! Linear layers, the feed-forward pair, and how a part of a block ends.
 
 use anneal_tensor::ops::{self, Activation};
 use anneal_tensor::{Outputs, Result, Tensor};
@@ -31,6 +31,15 @@ impl Linear {
         ops::linear(input, &weight, Some(&forward.param(self.bias)?), activation)
     }
 
+    /// `[.., in]` to a branch `[.., out]`.
+    ///
+    /// # Errors
+    /// As [`ops::linear`], and if a parameter is used outside its scope.
+    pub fn branch(&self, forward: &Forward, input: &Tensor) -> Result<Branch> {
+        let product = ops::linear(input, &forward.param(self.weight)?, None, Activation::None)?;
+        Ok(Branch { product, bias: forward.param(self.bias)? })
+    }
+
     /// Layers of one size over the same `[b, in]`, as one op: of each layer its output in `parts` tensors
     /// `[b, out / parts]`, those of the first layer first.
     ///
@@ -46,7 +55,17 @@ impl Linear {
     }
 }
 
-/// Two linear layers with an activation between, as one op: `y = act(x W1^T + b1) W2^T + b2`.
+/// What a part of a block hands to the residual sum: `product + bias`, which is left to that sum, since it passes over the
+/// product anyway and backward over its gradient ([`ops::gate_residual_layer_norm_modulate`]).
+pub struct Branch {
+    /// `[.., out]`
+    pub product: Tensor,
+    /// `[out]`
+    pub bias: Tensor,
+}
+
+/// Two linear layers with an activation between, the first and the second's product as one op:
+/// `y = act(x W1^T + b1) W2^T + b2`.
 #[derive(Clone, Debug)]
 pub struct FeedForward {
     first: Linear,
@@ -62,16 +81,16 @@ impl FeedForward {
         Self { first, second, activation }
     }
 
-    /// `[.., size]` to `[.., size]`.
-    pub fn forward(&self, forward: &Forward, input: &Tensor) -> Result<Tensor> {
+    /// `[.., size]` to a branch `[.., size]`.
+    pub fn forward(&self, forward: &Forward, input: &Tensor) -> Result<Branch> {
         let (first, second) = (&self.first, &self.second);
-        ops::feed_forward(
+        let product = ops::feed_forward(
             input,
             &forward.param(first.weight)?,
             &forward.param(first.bias)?,
             &forward.param(second.weight)?,
-            &forward.param(second.bias)?,
             self.activation,
-        )
+        )?;
+        Ok(Branch { product, bias: forward.param(second.bias)? })
     }
 }

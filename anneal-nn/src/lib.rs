@@ -22,6 +22,6 @@ pub use embedding::{LabelEmbedding, PatchEmbedding, TimestepEmbedding, sincos_po
 pub use forward::Forward;
 pub use init::Init;
 pub use keys::{KeyEntry, KeyMap};
-pub use layers::{FeedForward, Linear};
+pub use layers::{Branch, FeedForward, Linear};
 pub use parameters::{Builder, ParamId, ParamSpec, Parameters, ScopeId};
 pub use store::{Chunk, ParamStore, ResidentStore, StoreOptions};

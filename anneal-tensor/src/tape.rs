@@ -320,10 +320,11 @@ impl Saver {
         }
     }
 
-    /// Whether outputs are to be made again instead of kept: the recording's policy says so, and no input
-    /// is a parameter.
-    pub fn remakes(&self) -> bool {
-        self.recording && self.remakes
+    /// Whether outputs are to be made again instead of kept: the recording's policy says so, and none of the inputs
+    /// that this takes is a parameter.
+    pub fn remakes(&self, takes: impl IntoIterator<Item = usize>) -> bool {
+        let is_parameter = |input: usize| matches!(self.sources[input], Source::Leaf(_));
+        self.recording && self.remakes && !takes.into_iter().any(is_parameter)
     }
 
     /// Offers to make an output again; to be called if [`Self::remakes`].
@@ -466,13 +467,13 @@ pub fn apply(op: impl Op, inputs: &[&Tensor]) -> Result<Outputs> {
 
 fn saver(tape: Option<&Tape>, inputs: &[&Tensor]) -> Saver {
     let sources: SmallVec<[Source; 6]> = inputs.iter().map(|input| source_of(input)).collect();
-    let wanted = match (tape, inputs.first()) {
+    let remakes = match (tape, inputs.first()) {
         (Some(tape), Some(input)) => tape.state().remaking.applies(input.device()),
         _ => false,
     };
     Saver {
         recording: tape.is_some(),
-        remakes: wanted && !sources.iter().any(|source| matches!(source, Source::Leaf(_))),
+        remakes,
         needs: inputs.iter().map(|input| input.is_tracked()).collect(),
         sources,
         saved: SmallVec::new(),

@@ -224,7 +224,8 @@ impl Block {
         let attended = self.attention.forward(forward, normed)?;
         let (tokens, normed) = ops::gate_residual_layer_norm_modulate(
             tokens,
-            &attended,
+            &attended.product,
+            Some(&attended.bias),
             gate_attention,
             shift,
             scale,
@@ -234,7 +235,8 @@ impl Block {
         let fed = self.feed_forward.forward(forward, &normed)?;
         let (tokens, normed) = ops::gate_residual_layer_norm_modulate(
             &tokens,
-            &fed,
+            &fed.product,
+            Some(&fed.bias),
             gate_mlp,
             next_shift,
             next_scale,

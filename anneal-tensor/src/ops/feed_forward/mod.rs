@@ -1,4 +1,5 @@
-//! Two linear layers with an activation between: `y = act(x W1^T + b1) W2^T + b2`.
+//! Two linear layers with an activation between: `y = act(x W1^T + b1) W2^T`. The second bias is left to what comes after,
+//! which passes over `y` anyway.
 //!
 //! One op, because the gradient of the first layer's output, `(dy W2) * act'(x W1^T + b1)`, then
 //! comes out of a single matrix product whose epilogue applies the derivative. On a GPU the activation's
@@ -15,7 +16,7 @@ use super::linear::{
 };
 use super::{only, single};
 
-/// `[.., d]` to `[.., o]` with W1 `[f, d]`, b1 `[f]`, W2 `[o, f]`, b2 `[o]`.
+/// `[.., d]` to `[.., o]` with W1 `[f, d]`, b1 `[f]`, W2 `[o, f]`.
 ///
 /// # Errors
 /// If sizes or dtypes do not fit.
@@ -24,12 +25,11 @@ pub fn feed_forward(
     weight1: &Tensor,
     bias1: &Tensor,
     weight2: &Tensor,
-    bias2: &Tensor,
     activation: Activation,
 ) -> Result<Tensor> {
     check("feed_forward", x, weight1, Some(bias1))?;
-    check("feed_forward", bias1, weight2, Some(bias2))?;
-    Ok(only(apply(FeedForward { activation }, &[x, weight1, bias1, weight2, bias2])?))
+    check("feed_forward", bias1, weight2, None)?;
+    Ok(only(apply(FeedForward { activation }, &[x, weight1, bias1, weight2])?))
 }
 
 struct FeedForward {
@@ -42,7 +42,7 @@ impl Op for FeedForward {
     }
 
     fn forward(&self, inputs: &[&Tensor], saver: &mut Saver) -> Result<Outputs> {
-        let [x, weight1, bias1, weight2, bias2] = inputs.try_into().expect("five inputs");
+        let [x, weight1, bias1, weight2] = inputs.try_into().expect("four inputs");
         let hidden_sizes = output_sizes(x, weight1);
         let hidden = Tensor::empty(x.device(), &hidden_sizes, x.dtype())?;
         let preactivation = (saver.recording() && self.activation != Activation::None)
@@ -53,12 +53,12 @@ impl Op for FeedForward {
             Device::Cpu(device) => {
                 let kept = preactivation.as_ref();
                 cpu::affine(&device.pool, x, weight1, Some(bias1), self.activation, kept, &hidden)?;
-                cpu::affine(&device.pool, &hidden, weight2, Some(bias2), Activation::None, None, &y)?;
+                cpu::affine(&device.pool, &hidden, weight2, None, Activation::None, None, &y)?;
             }
             Device::Cuda(device) => {
                 let kept = preactivation.as_ref();
                 cuda::affine(device, x, weight1, Some(bias1), self.activation, kept, &hidden)?;
-                cuda::affine(device, &hidden, weight2, Some(bias2), Activation::None, None, &y)?;
+                cuda::affine(device, &hidden, weight2, None, Activation::None, None, &y)?;
             }
         }
         saver.input(0, x);
@@ -88,7 +88,7 @@ impl Op for FeedForward {
 }
 
 /// The second layer's places.
-const SECOND: Places = Places { saved_weight: 2, weight: 3, bias: Some(4) };
+const SECOND: Places = Places { saved_weight: 2, weight: 3, bias: None };
 
 /// The second layer's backward, and the gradient of the first layer's output before the activation.
 impl FeedForward {

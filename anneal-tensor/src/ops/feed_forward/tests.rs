@@ -12,21 +12,20 @@ fn two_layers_and_the_activation_between() {
             Array::normal(2, &[13, 9]),
             Array::normal(3, &[13]),
             Array::normal(4, &[5, 13]),
-            Array::normal(5, &[5]),
         ];
         check_op(
             &format!("feed_forward {activation:?}"),
             &inputs,
-            |t| Ok(vec![ops::feed_forward(&t[0], &t[1], &t[2], &t[3], &t[4], activation)?]),
+            |t| Ok(vec![ops::feed_forward(&t[0], &t[1], &t[2], &t[3], activation)?]),
             |x| {
                 let hidden = map(affine(&x[0], &x[1], Some(&x[2])), |value| activated(activation, value));
-                vec![affine(&hidden, &x[3], Some(&x[4]))]
+                vec![affine(&hidden, &x[3], None)]
             },
         );
     }
 }
 
-/// The output without and with a recording, and the gradients of the five inputs, in f32. Inputs are rounded
+/// The output without and with a recording, and the gradients of the four inputs, in f32. Inputs are rounded
 /// to `rounded` first. Sizes are rows, width, hidden width and outputs.
 fn evaluate(
     device: &Device,
@@ -35,8 +34,8 @@ fn evaluate(
     activation: Activation,
     [rows, width, hidden, outputs]: [usize; 4],
 ) -> Vec<Vec<f32>> {
-    let sizes: [&[usize]; 6] =
-        [&[rows, width], &[hidden, width], &[hidden], &[outputs, hidden], &[outputs], &[rows, outputs]];
+    let sizes: [&[usize]; 5] =
+        [&[rows, width], &[hidden, width], &[hidden], &[outputs, hidden], &[rows, outputs]];
     let input = |(index, dims): (usize, &&[usize])| {
         let values = Array::normal(index as u64, dims).values;
         let values: Vec<f32> = values.iter().map(|value| 0.3 * *value as f32).collect();
@@ -45,11 +44,11 @@ fn evaluate(
     };
     let inputs: Vec<Tensor> = sizes.iter().enumerate().map(input).collect();
     let tape = Tape::new();
-    let t: Vec<Tensor> = inputs[..5].iter().map(|input| tape.variable(input)).collect();
-    let run = |t: &[Tensor]| ops::feed_forward(&t[0], &t[1], &t[2], &t[3], &t[4], activation).unwrap();
+    let t: Vec<Tensor> = inputs[..4].iter().map(|input| tape.variable(input)).collect();
+    let run = |t: &[Tensor]| ops::feed_forward(&t[0], &t[1], &t[2], &t[3], activation).unwrap();
     let (plain, y) = (run(&inputs), run(&t));
     let mut results = vec![plain, y.detach()];
-    tape.backward_from(vec![(y, inputs[5].clone())]).unwrap();
+    tape.backward_from(vec![(y, inputs[4].clone())]).unwrap();
     results.extend(t.iter().map(|variable| tape.take_gradient(variable).unwrap()));
     let values = |tensor: &Tensor| ops::cast(tensor, DType::F32).unwrap().to_vec().unwrap();
     results.iter().map(values).collect()

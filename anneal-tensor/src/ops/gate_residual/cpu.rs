@@ -21,12 +21,12 @@ pub(in crate::ops) fn load(vector: Option<&Tensor>, group: usize, into: &mut [f3
     loaded.expect("the dtype was checked with the shape");
 }
 
-/// `out = x + gate * branch` of one row.
+/// `out = x + gate * (branch + bias)` of one row.
 #[inline(always)]
-pub(in crate::ops) fn add_gated<T: Float>(x: &[T], branch: &[T], gate: &[f32], out: &mut [T]) {
-    let terms = x.iter().zip(branch).zip(gate);
-    for (out, ((x, branch), gate)) in out.iter_mut().zip(terms) {
-        *out = T::from_f32(x.to_f32() + gate * branch.to_f32());
+pub(in crate::ops) fn add_gated<T: Float>(x: &[T], branch: &[T], bias: &[f32], gate: &[f32], out: &mut [T]) {
+    let terms = x.iter().zip(branch).zip(bias.iter().zip(gate));
+    for (out, ((x, branch), (bias, gate))) in out.iter_mut().zip(terms) {
+        *out = T::from_f32(x.to_f32() + gate * (branch.to_f32() + bias));
     }
 }
 
@@ -41,14 +41,15 @@ pub(super) fn forward(
     for_float!("gate_residual", x.dtype(), T => {
         let (x, branch, width) = (x.data::<T>(), branch.data::<T>(), blocks.width);
         let output = Shared::new(output.data_mut::<T>().as_mut_ptr());
-        blocks.run(pool, |block| scratch::rows(width, |[gate_row]| {
+        blocks.run(pool, |block| scratch::rows(width, |[gate_row, no_bias]| {
             load(Some(gate), block.group, gate_row);
+            load(None, block.group, no_bias);
             vectorize(#[inline(always)] || {
                 for row in block.first..block.first + block.rows {
                     let range = row * width..(row + 1) * width;
                     // SAFETY: each row is in one block.
                     let out = unsafe { output.slice(range.start, width) };
-                    add_gated(&x[range.clone()], &branch[range], gate_row, out);
+                    add_gated(&x[range.clone()], &branch[range], no_bias, gate_row, out);
                 }
             });
         }));

@@ -127,7 +127,7 @@ impl Op for GateResidual {
                 let sums = ColumnSums::new(&device, &blocks, 1)?;
                 cpu::backward(&cpu.pool, &blocks, &dense, &branch, &gate, &branch_gradient, &sums)?;
                 if let Some(target) = &mut gate_gradient {
-                    sums.write(&cpu.pool, &blocks, 0, target);
+                    sums.write(&cpu.pool, blocks.per_group(), 0, target);
                 }
             }
             Device::Cuda(cuda) => {

@@ -63,6 +63,11 @@ fn written_or_added_once(device: &Device) {
             assert_eq!(bias, expected(&[3.0; 4]));
             let added = sink_after(&row, accumulate, |b| ops::add(&x, b));
             assert_eq!(added, expected(&[3.0, 3.0]));
+            // The sum's gradient is 1, so the bias' is the gate's sum.
+            let branch_bias = sink_after(&row, accumulate, |b| {
+                Ok(ops::gate_residual_layer_norm_modulate(&x, &x, Some(b), &x, &x, &x, 1e-6)?.0)
+            });
+            assert_eq!(branch_bias, expected(&[3.0, -3.0]));
             let embedded = sink_after(&table, accumulate, |t| ops::embedding(t, &ids));
             assert_eq!(embedded, expected(&[1.0, 1.0, 0.0, 0.0, 2.0, 2.0, 0.0, 0.0]));
         }

@@ -324,7 +324,7 @@ fn sum_by_parts(
 
 /// Each target `(+)=` the sum of its partial sums; f32 `[targets, parts, columns]`. The dtype is that of what was
 /// summed: its kernels are compiled already.
-pub(super) fn add_partials(
+pub(in crate::ops) fn add_partials(
     cuda: &CudaDevice,
     partials: &Tensor,
     dtype: DType,

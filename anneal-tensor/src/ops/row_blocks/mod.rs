@@ -106,33 +106,34 @@ impl ColumnSums {
         })
     }
 
-    /// Writes sum number `which` of every group.
-    pub fn write(&self, pool: &ThreadPool, blocks: &RowBlocks, which: usize, target: &mut GradientTarget) {
+    /// Writes sum number `which` of every `per_row` blocks into a row of the target: of each group if they are a group's,
+    /// of the whole tensor if they are all.
+    pub fn write(&self, pool: &ThreadPool, per_row: usize, which: usize, target: &mut GradientTarget) {
         let partial = self.partial.data::<f32>();
-        let (width, per_group) = (self.width, blocks.per_group);
-        let groups_per_task = (ELEMENTS_PER_TASK / (width * per_group).max(1)).max(1);
+        let width = self.width;
+        let rows_per_task = (ELEMENTS_PER_TASK / (width * per_row).max(1)).max(1);
         let accumulate = target.accumulate;
         // SAFETY: a gradient's memory is written by backward alone, one op at a time.
         let sums = unsafe { target.gradient.shared_data_mut::<f32>() };
-        parts_mut(pool, sums, (groups_per_task * width).max(1), |task, sums| {
+        parts_mut(pool, sums, (rows_per_task * width).max(1), |task, sums| {
             for (index, sum) in sums.chunks_mut(width).enumerate() {
-                let group = task * groups_per_task + index;
-                let parts = &partial[group * per_group * self.count * width..][which * width..];
-                add_up(parts, self.count * width, per_group, sum, accumulate);
+                let first = (task * rows_per_task + index) * per_row;
+                let parts = (first..first + per_row)
+                    .map(|block| &partial[(block * self.count + which) * width..][..width]);
+                add_up(parts, sum, accumulate);
             }
         });
     }
 }
 
-fn add_up(partial: &[f32], stride: usize, parts: usize, sum: &mut [f32], accumulate: bool) {
+fn add_up<'a>(parts: impl Iterator<Item = &'a [f32]>, sum: &mut [f32], accumulate: bool) {
     vectorize(
         #[inline(always)]
         || {
             if !accumulate {
                 sum.fill(0.0);
             }
-            for part in 0..parts {
-                let part = &partial[part * stride..][..sum.len()];
+            for part in parts {
                 sum.iter_mut().zip(part).for_each(|(sum, value)| *sum += value);
             }
         },

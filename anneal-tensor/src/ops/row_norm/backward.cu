@@ -1,13 +1,15 @@
 // The gradients of normalised rows: with n = (z - mean) * rstd, p = gradient * (base + scale), means over the row,
 //   dz = rstd * (p - mean(p) - n * mean(p * n)) + direct (without mean(p) if not centered),
 //   dbranch = gate * dz,
-// and over the rows of each run the sums of gradient * n (for scale), gradient (for shift) and branch * dz (for gate).
+// and over the rows of each run the sums of gradient * n (for scale), gradient (for shift) and (branch + branch_bias) * dz
+// (for gate), and gate * the sum of dz (for the bias).
 //
 // z, gradient, direct (that of z as an output; if DIRECT), z_gradient, branch, branch_gradient (both if GATED)
 // [groups, rows, width], contiguous, of ELEMENT. A result may lie in the memory of `gradient` or `direct`: each thread reads its
 // elements of a row before it writes them. statistics [groups, rows] of (mean, rstd).
-// scale (may be null), gate (if GATED): a row of `width` elements of VECTOR a group, `*_stride` elements apart (0: one row for all).
-// partial [groups, runs, 3 if GATED else 2, width] f32.
+// scale (may be null), gate (if GATED): a row of `width` elements of VECTOR a group, `*_stride` elements apart (0: one row for
+// all); branch_bias (if BIASED): such a row too. partial [groups, runs, 3 if GATED else 2, width], bias_partial (if BIASED, may be
+// null) [groups, runs, width], both f32.
 // PACK elements are loaded together: width and strides are multiples of it, all pointers of its bytes.
 //
 // Geometry: a block of THREADS has a run of `run` rows of one group; grid: groups * runs. A thread has the same ITERATIONS packs
@@ -111,8 +113,9 @@ __device__ __forceinline__ void store_sums(float *to, const float (&sums)[ITERAT
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) normalize_backward(
     const ELEMENT *z, const float2 *__restrict__ statistics, const ELEMENT *gradient, const ELEMENT *direct, ELEMENT *z_gradient,
     const ELEMENT *branch, ELEMENT *branch_gradient, const VECTOR *__restrict__ scale, i64 scale_stride,
-    const VECTOR *__restrict__ gate, i64 gate_stride, float *__restrict__ partial, u32 rows, u32 run, u32 runs,
-    int width, float base, int centered) {
+    const VECTOR *__restrict__ gate, i64 gate_stride, const VECTOR *__restrict__ branch_bias, i64 bias_stride,
+    float *__restrict__ partial, float *__restrict__ bias_partial, u32 rows, u32 run, u32 runs, int width, float base,
+    int centered) {
     alignas(16) __shared__ float scratch[2][WARPS][VALUES];
     u32 group = blockIdx.x / runs, skipped = blockIdx.x % runs * run;
     u32 count = min(run, rows - skipped);
@@ -121,6 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) normalize_backward
     load_vector(multiplier, scale ? scale + group * scale_stride : nullptr, base, width);
     load_vector(gates, GATED ? gate + group * gate_stride : nullptr, 0.0f, width);
     float scale_sum[ITERATIONS][PACK] = {}, shift_sum[ITERATIONS][PACK] = {}, gate_sum[ITERATIONS][PACK] = {};
+    float z_sum[ITERATIONS][PACK] = {};
     float share = 1.0f / float(width);
 
     int area = 0;
@@ -171,12 +175,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) normalize_backward
                     dz[k] = fmaf(found[r].y, fmaf(-n, slope, p - mean_p), added[r][i][k]);
                     branch_out[k] = gates[i][k] * dz[k];
                     gate_sum[i][k] = fmaf(gated[r][i][k], dz[k], gate_sum[i][k]);
+                    if (BIASED) z_sum[i][k] += dz[k];
                 }
                 if (!inside(i, column, width)) continue;
                 store_held<PACK>(z_gradient + start + column, rounded<ELEMENT>(dz));
                 if (GATED) store_held<PACK>(branch_gradient + start + column, rounded<ELEMENT>(branch_out));
             }
         }
+    }
+    if (BIASED) {
+        // Loaded only now: over the rows its registers are needed.
+        float bias[ITERATIONS][PACK];
+        load_vector(bias, branch_bias + group * bias_stride, 0.0f, width);
+#pragma unroll
+        for (int i = 0; i < ITERATIONS; ++i)
+#pragma unroll
+            for (int k = 0; k < PACK; ++k) {
+                gate_sum[i][k] = fmaf(bias[i][k], z_sum[i][k], gate_sum[i][k]);
+                z_sum[i][k] *= gates[i][k];
+            }
+        if (bias_partial) store_sums(bias_partial + i64(blockIdx.x) * width, z_sum, width);
     }
     float *to = partial + i64(blockIdx.x) * (GATED ? 3 : 2) * width;
     store_sums(to, scale_sum, width);

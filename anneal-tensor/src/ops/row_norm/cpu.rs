@@ -1,7 +1,7 @@
 use anneal_device::ThreadPool;
 use anneal_device::cpu::vectorize;
 
-use super::{Again, Backward, Forward, RowNorm, Vectors};
+use super::{Again, Backward, Forward, RowNorm, Targets, Vectors};
 use crate::ops::gate_residual::cpu::{add_gated, load};
 use crate::ops::row_blocks::{Block, ColumnSums};
 use crate::ops::{lanes, scratch};
@@ -32,10 +32,11 @@ pub(super) fn forward(pool: &ThreadPool, op: &RowNorm, job: &Forward) -> Result<
         let gated = job.gated.map(|(branch, sum)| (branch.data::<T>(), Shared::new(sum.pointer::<T>())));
         let output = Shared::new(job.output.pointer::<T>());
         let stored = job.statistics.map(|statistics| Shared::new(statistics.pointer::<f32>()));
-        job.blocks.run(pool, |block| scratch::rows(width, |[multiplier, shift, gate, wide]| {
+        job.blocks.run(pool, |block| scratch::rows(width, |[multiplier, shift, gate, bias, wide]| {
             load_multiplier(job.vectors, block.group, multiplier);
             load(job.vectors.shift.as_ref(), block.group, shift);
             load(job.vectors.gate.as_ref(), block.group, gate);
+            load(job.vectors.branch_bias.as_ref(), block.group, bias);
             vectorize(#[inline(always)] || {
                 for row in block.first..block.first + block.rows {
                     let range = row * width..(row + 1) * width;
@@ -43,7 +44,7 @@ pub(super) fn forward(pool: &ThreadPool, op: &RowNorm, job: &Forward) -> Result<
                     if let Some((branch, sum)) = &gated {
                         // SAFETY: here and below: each row is in one block.
                         let sum = unsafe { sum.slice(range.start, width) };
-                        add_gated(z, &branch[range.clone()], gate, sum);
+                        add_gated(z, &branch[range.clone()], bias, gate, sum);
                         z = sum;
                     }
                     let z = lanes::in_f32(z, wide);
@@ -91,12 +92,23 @@ pub(super) fn again(pool: &ThreadPool, name: &'static str, job: &Again) -> Resul
     })
 }
 
-/// Writes the gradients, and the blocks' sums for those of scale, shift and gate.
-pub(super) fn backward(pool: &ThreadPool, op: &RowNorm, job: &Backward, sums: &ColumnSums) -> Result<()> {
-    for_float!(op.name, job.z.dtype(), T => {
-        job.blocks.run(pool, |block| backward_block::<T>(op, job, sums, block));
+/// Writes the gradients of z and the branch, and those of the vectors into `targets`.
+pub(super) fn backward(pool: &ThreadPool, op: &RowNorm, job: &Backward, targets: &mut Targets) -> Result<()> {
+    let sums = ColumnSums::new(job.z.device(), job.blocks, 4)?;
+    let ran: Result<()> = for_float!(op.name, job.z.dtype(), T => {
+        job.blocks.run(pool, |block| backward_block::<T>(op, job, &sums, block));
         Ok(())
-    })
+    });
+    ran?;
+    for (which, target) in targets.of_groups.iter_mut().enumerate() {
+        if let Some(target) = target {
+            sums.write(pool, job.blocks.per_group(), which, target);
+        }
+    }
+    if let Some(target) = &mut targets.branch_bias {
+        sums.write(pool, job.blocks.count(), 3, target);
+    }
+    Ok(())
 }
 
 /// Each row is read whole into f32 rows before anything is written, so that the results may
@@ -110,7 +122,7 @@ fn backward_block<T: Float>(op: &RowNorm, job: &Backward, sums: &ColumnSums, blo
     let sum_gradient = job.sum_gradient.map(shared);
     let branch = job.branch.map(|(branch, gradient)| (branch.data::<T>(), shared(gradient)));
     // SAFETY: each block is worked on once.
-    let [scale_sum, shift_sum, gate_sum] = unsafe { sums.zeroed(block) };
+    let [scale_sum, shift_sum, gate_sum, z_sum] = unsafe { sums.zeroed(block) };
     scratch::rows(width, |[multiplier, gate, wide, p]| {
         load_multiplier(job.vectors, block.group, multiplier);
         load(job.vectors.gate.as_ref(), block.group, gate);
@@ -148,6 +160,9 @@ fn backward_block<T: Float>(op: &RowNorm, job: &Backward, sums: &ColumnSums, blo
                         for (sum, (branch, dz)) in gate_sum.iter_mut().zip(values) {
                             *sum += branch.to_f32() * dz;
                         }
+                        if job.vectors.branch_bias.is_some() {
+                            z_sum.iter_mut().zip(&*p).for_each(|(sum, dz)| *sum += dz);
+                        }
                         let out = unsafe { branch_gradient.slice(start, width) };
                         for (out, (gate, dz)) in out.iter_mut().zip(gate.iter().zip(&*p)) {
                             *out = T::from_f32(gate * dz);
@@ -158,7 +173,20 @@ fn backward_block<T: Float>(op: &RowNorm, job: &Backward, sums: &ColumnSums, blo
                 }
             },
         );
+        if let Some(bias) = &job.vectors.branch_bias {
+            load(Some(bias), block.group, wide);
+            apply_bias(wide, gate, gate_sum, z_sum);
+        }
     });
+}
+
+/// Adds the bias' part to the sum for the gate, and turns the sum of z's gradient into that of the bias'.
+fn apply_bias(bias: &[f32], gate: &[f32], gate_sum: &mut [f32], z_sum: &mut [f32]) {
+    let sums = gate_sum.iter_mut().zip(z_sum);
+    for ((gate_sum, z_sum), (bias, gate)) in sums.zip(bias.iter().zip(gate)) {
+        *gate_sum += bias * *z_sum;
+        *z_sum *= gate;
+    }
 }
 
 /// One row of what backward reads.

@@ -1,10 +1,10 @@
-use anneal_device::CudaDevice;
 use anneal_device::cuda::{Arguments, Launch, Source, Variant};
+use anneal_device::{CudaDevice, Purpose};
 
-use super::{Again, Backward, Forward, RowNorm, Vectors};
+use super::{Again, Backward, Forward, RowNorm, Targets, Vectors};
 use crate::kernels::element;
 use crate::ops::cast;
-use crate::ops::gradient_target::GradientTarget;
+use crate::ops::linear::cuda::{SumTargets, add_partials};
 use crate::ops::row_blocks::RowBlocks;
 use crate::ops::row_blocks::cuda::{RESIDENT_WARPS, Runs, address, pack, push_vector, sum_runs};
 use crate::{DType, Result, Tensor};
@@ -99,29 +99,39 @@ impl Columns {
         Self { threads, iterations, rows }
     }
 
-    /// With a branch, and with a gradient of z as an output.
-    fn macros(&self, kind: Kind, gated: bool, direct: bool) -> Vec<(&'static str, String)> {
+    fn macros(&self, kind: Kind, options: Options) -> Vec<(&'static str, String)> {
         let blocks = (RESIDENT_WARPS * 32 / self.threads).max(1);
         kind.macros(&[
             ("THREADS", self.threads),
             ("ITERATIONS", self.iterations),
             ("ROWS", self.rows),
             ("BLOCKS", blocks),
-            ("GATED", gated.into()),
-            ("DIRECT", direct.into()),
+            ("GATED", options.gated.into()),
+            ("BIASED", options.biased.into()),
+            ("DIRECT", options.direct.into()),
         ])
     }
 }
 
+/// What the backward kernel may leave out.
+#[derive(Clone, Copy, Default)]
+struct Options {
+    /// A branch, and its bias.
+    gated: bool,
+    biased: bool,
+    /// A gradient of z as an output.
+    direct: bool,
+}
+
 /// The vectors in one dtype: f32 if theirs differ.
-fn of_one_dtype(vectors: &Vectors) -> Result<[Option<Tensor>; 3]> {
-    let all = [&vectors.scale, &vectors.shift, &vectors.gate];
+fn of_one_dtype(vectors: &Vectors) -> Result<[Option<Tensor>; 4]> {
+    let all = [&vectors.scale, &vectors.shift, &vectors.gate, &vectors.branch_bias];
     let dtype = vectors.common_dtype();
     let convert = |vector: &Option<Tensor>| match (vector, dtype) {
         (Some(vector), None) => cast(vector, DType::F32).map(Some),
         (vector, _) => Ok(vector.clone()),
     };
-    Ok([convert(all[0])?, convert(all[1])?, convert(all[2])?])
+    Ok([convert(all[0])?, convert(all[1])?, convert(all[2])?, convert(all[3])?])
 }
 
 pub(super) fn forward(cuda: &CudaDevice, op: &RowNorm, job: &Forward) -> Result<()> {
@@ -129,8 +139,8 @@ pub(super) fn forward(cuda: &CudaDevice, op: &RowNorm, job: &Forward) -> Result<
     if groups * rows * width == 0 {
         return Ok(());
     }
-    let [scale, shift, gate] = of_one_dtype(job.vectors)?;
-    let vectors = [scale.as_ref(), shift.as_ref(), gate.as_ref()];
+    let [scale, shift, gate, branch_bias] = of_one_dtype(job.vectors)?;
+    let vectors = [scale.as_ref(), shift.as_ref(), gate.as_ref(), branch_bias.as_ref()];
     let (branch, sum) = job.gated.unzip();
     let kind = Kind::new(width, &[Some(job.x), branch, sum, Some(job.output)], &vectors);
     let team = Team::of_rows(kind, groups * rows, cuda);
@@ -152,7 +162,7 @@ pub(super) fn again(cuda: &CudaDevice, job: &Again) -> Result<()> {
     if groups * rows * width == 0 {
         return Ok(());
     }
-    let [scale, shift, _] = of_one_dtype(job.vectors)?;
+    let [scale, shift, ..] = of_one_dtype(job.vectors)?;
     let vectors = [scale.as_ref(), shift.as_ref()];
     let kind = Kind::new(width, &[Some(job.z), Some(job.output)], &vectors);
     let team = Team::of_rows(kind, groups * rows, cuda);
@@ -169,19 +179,22 @@ pub(super) fn again(cuda: &CudaDevice, job: &Again) -> Result<()> {
     Ok(())
 }
 
-/// Writes the gradients of z and the branch, and those of scale, shift and gate into `targets`.
-pub(super) fn backward(
-    cuda: &CudaDevice,
-    op: &RowNorm,
-    job: &Backward,
-    targets: [Option<&GradientTarget>; 3],
-) -> Result<()> {
+/// Writes the gradients of z and the branch, and those of the vectors into `targets`.
+pub(super) fn backward(cuda: &CudaDevice, op: &RowNorm, job: &Backward, targets: &Targets) -> Result<()> {
     let RowBlocks { groups, width, .. } = *job.blocks;
+    let bias_partial_of = |runs: usize| {
+        let memory = |_| Tensor::empty_for(job.z.device(), &[1, runs, width], DType::F32, Purpose::Workspace);
+        targets.branch_bias.as_ref().map(memory).transpose()
+    };
+    let sum_bias = |partial: Option<Tensor>| match partial.zip(targets.branch_bias.as_ref()) {
+        Some((partial, target)) => add_partials(cuda, &partial, job.z.dtype(), SumTargets::one(target)),
+        None => Ok(()),
+    };
     if groups * width == 0 {
-        return Ok(());
+        return sum_bias(bias_partial_of(0)?);
     }
-    let [scale, _, gate] = of_one_dtype(job.vectors)?;
-    let vectors = [scale.as_ref(), gate.as_ref()];
+    let [scale, _, gate, branch_bias] = of_one_dtype(job.vectors)?;
+    let vectors = [scale.as_ref(), gate.as_ref(), branch_bias.as_ref()];
     let (branch, branch_gradient) = job.branch.unzip();
     let rows =
         [Some(job.z), Some(job.gradient), job.sum_gradient, Some(job.z_gradient), branch, branch_gradient];
@@ -189,11 +202,10 @@ pub(super) fn backward(
     let columns = Columns::new(kind);
     let runs = Runs::new(job.blocks, columns.threads / 32, columns.rows, cuda.properties().multiprocessors);
     let partial = runs.partial_sums(job.z.device(), if branch.is_some() { 3 } else { 2 })?;
-    let kernel = cuda.kernel(
-        &BACKWARD,
-        "normalize_backward",
-        &columns.macros(kind, branch.is_some(), job.sum_gradient.is_some()),
-    )?;
+    let bias_partial = bias_partial_of(runs.count())?;
+    let (gated, biased, direct) = (branch.is_some(), branch_bias.is_some(), job.sum_gradient.is_some());
+    let macros = columns.macros(kind, Options { gated, biased, direct });
+    let kernel = cuda.kernel(&BACKWARD, "normalize_backward", &macros)?;
     let mut arguments = Arguments::new();
     for tensor in [Some(job.z), Some(job.statistics), Some(job.gradient), job.sum_gradient] {
         arguments.push(address(tensor));
@@ -202,12 +214,13 @@ pub(super) fn backward(
         arguments.push(address(tensor));
     }
     vectors.iter().for_each(|vector| push_vector(&mut arguments, *vector));
-    let arguments = arguments.with(partial.address());
+    let arguments = arguments.with(partial.address()).with(address(bias_partial.as_ref()));
     let arguments = arguments.with(runs.rows as u32).with(runs.run as u32).with(runs.per_group as u32);
     let arguments = arguments.with(width as i32).with(job.vectors.base).with(i32::from(op.centered));
     // SAFETY: as in `forward`; results share memory only with what the same thread has read before.
     unsafe { cuda.launch(kernel, Launch::new(runs.count(), columns.threads), arguments)? };
-    sum_runs(cuda, &runs, &partial, op.sum_dtype(), targets)
+    sum_runs(cuda, &runs, &partial, op.sum_dtype(), targets.of_groups.each_ref().map(Option::as_ref))?;
+    sum_bias(bias_partial)
 }
 
 pub(in crate::ops) fn variants() -> Vec<Variant> {
@@ -226,8 +239,10 @@ pub(in crate::ops) fn variants() -> Vec<Variant> {
         let kind = Kind { element, vector, pack, width };
         let teams = [false, true].map(|few| Team::new(kind, few).macros(kind));
         all.extend(teams.map(|macros| Variant { source: FORWARD, macros }));
-        let backward = |(gated, direct)| Columns::new(kind).macros(kind, gated, direct);
-        let forms = [(false, false), (true, false), (true, true)].map(backward);
+        let plain = Options::default();
+        let gated = [false, true].map(|biased| Options { gated: true, biased, direct: false });
+        let both = gated.into_iter().flat_map(|options| [options, Options { direct: true, ..options }]);
+        let forms = both.chain([plain]).map(|options| Columns::new(kind).macros(kind, options));
         all.extend(forms.map(|macros| Variant { source: BACKWARD, macros }));
     }
     all

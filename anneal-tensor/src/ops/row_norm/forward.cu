@@ -1,10 +1,10 @@
 // Rows normalised, and normalised again in backward:
-//   z = x + gate * branch (z = x if branch is null), n = (z - mean) * rstd, y = n * (base + scale) + shift,
+//   z = x + gate * (branch + branch_bias) (z = x if branch is null), n = (z - mean) * rstd, y = n * (base + scale) + shift,
 // mean over the row (zero if not centered), rstd = 1 / sqrt(mean of (z - mean)^2 + eps), the second after the first.
 //
 // x, branch, sum (takes z), y [rows, width], contiguous, of ELEMENT; statistics [rows] of (mean, rstd), or null.
 // scale, shift, gate: a row of `width` elements of VECTOR for each group of `group_rows` rows, `*_stride` elements apart
-// (0: one row for all); scale and shift may be null.
+// (0: one row for all); branch_bias: one such row for all. All but the gate may be null.
 // PACK elements are loaded together: width and strides are multiples of it, all pointers of its bytes.
 //
 // Geometry: a team of WARPS warps has a row, of which each thread holds ITERATIONS packs, as few as do, in registers; teams
@@ -78,19 +78,20 @@ __device__ __forceinline__ void store_normal(
     }
 }
 
-// z = x + gate * branch in the place of x, rounded as it is stored.
+// z = x + gate * (branch + bias) in the place of x, rounded as it is stored.
 __device__ __forceinline__ void add_gated(
-    Held<ELEMENT, PACK> (&x)[ITERATIONS], const ELEMENT *branch, const GroupVector &gate, ELEMENT *sum, int lane, int width) {
+    Held<ELEMENT, PACK> (&x)[ITERATIONS], const ELEMENT *branch, const GroupVector &bias, const GroupVector &gate,
+    ELEMENT *sum, int lane, int width) {
     Held<ELEMENT, PACK> added[ITERATIONS];
     load_row(added, branch, lane, width);
 #pragma unroll
     for (int i = 0; i < ITERATIONS; ++i) {
         int column = (i * TEAM + lane) * PACK;
         if (!inside(i, column, width)) continue;
-        Held<VECTOR, PACK> gates = gate.pack(i, column);
+        Held<VECTOR, PACK> biases = bias.pack(i, column), gates = gate.pack(i, column);
         float z[PACK];
 #pragma unroll
-        for (int k = 0; k < PACK; ++k) z[k] = fmaf(gates[k], added[i][k], x[i][k]);
+        for (int k = 0; k < PACK; ++k) z[k] = fmaf(gates[k], added[i][k] + biases[k], x[i][k]);
         x[i] = rounded<ELEMENT>(z);
         store_held<PACK>(sum + column, x[i]);
     }
@@ -99,8 +100,9 @@ __device__ __forceinline__ void add_gated(
 extern "C" __global__ void __launch_bounds__(TEAM *TEAMS) normalize(
     const ELEMENT *__restrict__ x, const ELEMENT *__restrict__ branch, ELEMENT *__restrict__ sum, ELEMENT *__restrict__ y,
     float2 *__restrict__ statistics, const VECTOR *__restrict__ scale, i64 scale_stride,
-    const VECTOR *__restrict__ shift, i64 shift_stride, const VECTOR *__restrict__ gate, i64 gate_stride, u32 rows,
-    u32 group_rows, int width, float base, float eps, int centered) {
+    const VECTOR *__restrict__ shift, i64 shift_stride, const VECTOR *__restrict__ gate, i64 gate_stride,
+    const VECTOR *__restrict__ branch_bias, i64 bias_stride, u32 rows, u32 group_rows, int width, float base, float eps,
+    int centered) {
     __shared__ float scratch[2][WARPS];
     int lane = threadIdx.x % TEAM;
     u32 row = blockIdx.x * TEAMS + threadIdx.x / TEAM;
@@ -112,7 +114,8 @@ extern "C" __global__ void __launch_bounds__(TEAM *TEAMS) normalize(
     GroupVector scales(scale, group * scale_stride, lane, width), shifts(shift, group * shift_stride, lane, width);
     if (branch)
         add_gated(
-            z, branch + start, GroupVector(gate, group * gate_stride, lane, width), sum + start, lane, width);
+            z, branch + start, GroupVector(branch_bias, group * bias_stride, lane, width),
+            GroupVector(gate, group * gate_stride, lane, width), sum + start, lane, width);
 
     float2 found = {0.0f, 0.0f};
     if (centered) {

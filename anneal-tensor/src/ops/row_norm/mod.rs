@@ -6,7 +6,8 @@
 //! - `rms_norm` (arXiv 1910.07467): the same with `mean = 0` and no shift;
 //! - `layer_norm_modulate` (adaLN of DiT, arXiv 2212.09748, section 3.2): multiplier is `1 + scale`,
 //!   and `scale` and `shift` are one row per sample;
-//! - `gate_residual_layer_norm_modulate`: `z = x + gate * branch` first, in the same pass over memory.
+//! - `gate_residual_layer_norm_modulate`: `z = x + gate * (branch + branch_bias)` first, in the same pass over memory; the
+//!   bias is that of the projection that made the branch, so that its gradient needs no pass of its own.
 //!
 //! `rstd = 1 / sqrt(variance + eps)` with the biased variance, taken in two passes over the row
 //! while it is at hand. Statistics and sums are in f32. Saved are the rows `z`, mean and rstd of
@@ -15,17 +16,19 @@
 //! Gradients, with `g` that of `y`, `p = g * multiplier` and means over the row:
 //! `dz = rstd * (p - mean(p) - n * mean(p * n))` (without `mean(p)` for `rms_norm`) plus the gradient of
 //! `z` itself where it is an output; `dshift = sum of g`, `dscale = sum of g * n` over the rows of a
-//! sample; `dx = dz`, `dbranch = gate * dz`, `dgate = sum of branch * dz`.
+//! sample; `dx = dz`, `dbranch = gate * dz`, `dgate = sum of branch * dz + branch_bias * sum of dz`, and over all samples
+//! `dbranch_bias = sum of gate * sum of dz`.
 
 mod cpu;
 pub(super) mod cuda;
 
 use anneal_device::Device;
+use smallvec::SmallVec;
 
 use super::gate_residual::{blocks_per_sample, check_branch, reuse, sum_dtype, vector};
 use super::gradient_target::GradientTarget;
 use super::only;
-use super::row_blocks::{ColumnSums, RowBlocks};
+use super::row_blocks::RowBlocks;
 use crate::{
     BackwardPass, DType, Dims, Op, Outputs, Remake, Result, Saver, Tensor, TensorError, apply, dims,
 };
@@ -60,15 +63,16 @@ pub fn layer_norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f32)
     Ok(only(apply(op, &[x, scale, shift])?))
 }
 
-/// `z = x + gate * branch` and `LN(z) * (1 + scale) + shift`, in one pass: returns both.
+/// `z = x + gate * (branch + branch_bias)` and `LN(z) * (1 + scale) + shift`, in one pass: returns both.
 ///
-/// `x`, `branch` `[b, .., d]`; `gate`, `shift`, `scale` `[b, d]` (rows of any stride).
+/// `x`, `branch` `[b, .., d]`; `branch_bias` `[d]`; `gate`, `shift`, `scale` `[b, d]` (rows of any stride).
 ///
 /// # Errors
 /// If a shape does not fit, `x` and `branch` differ in dtype, or a dtype is not a float.
 pub fn gate_residual_layer_norm_modulate(
     x: &Tensor,
     branch: &Tensor,
+    branch_bias: Option<&Tensor>,
     gate: &Tensor,
     shift: &Tensor,
     scale: &Tensor,
@@ -76,8 +80,10 @@ pub fn gate_residual_layer_norm_modulate(
 ) -> Result<(Tensor, Tensor)> {
     let name = "gate_residual_layer_norm_modulate";
     let new = RowNorm::new(name, Form::Gated, Some(scale), Some(shift), eps);
-    let op = RowNorm { gate: Some(gate.dtype()), ..new };
-    let mut outputs = apply(op, &[x, branch, scale, shift, gate])?.into_iter();
+    let op = RowNorm { gate: Some(gate.dtype()), branch_bias: branch_bias.map(Tensor::dtype), ..new };
+    let inputs: SmallVec<[&Tensor; 6]> =
+        [x, branch, scale, shift, gate].into_iter().chain(branch_bias).collect();
+    let mut outputs = apply(op, &inputs)?.into_iter();
     let (sum, normal) = (outputs.next(), outputs.next());
     Ok((sum.expect("the sum"), normal.expect("the normalised rows")))
 }
@@ -92,7 +98,7 @@ enum Form {
     Gated,
 }
 
-/// Inputs in order: x, the branch if gated, then the vectors that are there: scale, shift, gate.
+/// Inputs in order: x, the branch if gated, then the vectors that are there: scale, shift, gate, the branch's bias.
 struct RowNorm {
     name: &'static str,
     centered: bool,
@@ -100,6 +106,7 @@ struct RowNorm {
     scale: Option<DType>,
     shift: Option<DType>,
     gate: Option<DType>,
+    branch_bias: Option<DType>,
     eps: f32,
 }
 
@@ -108,7 +115,7 @@ struct Forward<'a> {
     blocks: &'a RowBlocks,
     x: &'a Tensor,
     vectors: &'a Vectors,
-    /// The branch, and where `x + gate * branch` goes.
+    /// The branch, and where `x + gate * (branch + branch_bias)` goes.
     gated: Option<(&'a Tensor, &'a Tensor)>,
     output: &'a Tensor,
     /// Mean and rstd of each row, `[rows, 2]`.
@@ -165,11 +172,21 @@ impl Remake for Normal {
     }
 }
 
+/// Where the gradients of the vectors go.
+struct Targets {
+    /// Those of scale, shift and gate.
+    of_groups: [Option<GradientTarget>; 3],
+    /// In f32.
+    branch_bias: Option<GradientTarget>,
+}
+
 /// The vectors of a call, each `[d]` or one row per group.
 struct Vectors {
     scale: Option<Tensor>,
     shift: Option<Tensor>,
     gate: Option<Tensor>,
+    /// `[d]`
+    branch_bias: Option<Tensor>,
     /// Added to the scale (or standing alone) to give the multiplier.
     base: f32,
 }
@@ -177,7 +194,8 @@ struct Vectors {
 impl Vectors {
     /// The dtype of those that are there, if it is one.
     fn common_dtype(&self) -> Option<DType> {
-        let mut dtypes = [&self.scale, &self.shift, &self.gate].into_iter().flatten().map(Tensor::dtype);
+        let all = [&self.scale, &self.shift, &self.gate, &self.branch_bias];
+        let mut dtypes = all.into_iter().flatten().map(Tensor::dtype);
         let first = dtypes.next()?;
         dtypes.all(|dtype| dtype == first).then_some(first)
     }
@@ -186,7 +204,7 @@ impl Vectors {
 impl RowNorm {
     fn new(name: &'static str, form: Form, scale: Option<&Tensor>, shift: Option<&Tensor>, eps: f32) -> Self {
         let (scale, shift) = (scale.map(Tensor::dtype), shift.map(Tensor::dtype));
-        Self { name, centered: true, form, scale, shift, gate: None, eps }
+        Self { name, centered: true, form, scale, shift, gate: None, branch_bias: None, eps }
     }
 
     fn gated(&self) -> bool {
@@ -198,10 +216,10 @@ impl RowNorm {
         1 + usize::from(self.gated())
     }
 
-    /// Positions of scale, shift and gate among the inputs.
-    fn vector_inputs(&self) -> [Option<usize>; 3] {
+    /// Positions of scale, shift, gate and the branch's bias among the inputs.
+    fn vector_inputs(&self) -> [Option<usize>; 4] {
         let mut next = self.first_vector();
-        [self.scale, self.shift, self.gate].map(|dtype| {
+        [self.scale, self.shift, self.gate, self.branch_bias].map(|dtype| {
             dtype?;
             next += 1;
             Some(next - 1)
@@ -226,45 +244,57 @@ impl RowNorm {
         &self,
         x: &Tensor,
         blocks: &RowBlocks,
-        [scale, shift, gate]: [Option<&Tensor>; 3],
+        [scale, shift, gate, branch_bias]: [Option<&Tensor>; 4],
     ) -> Result<Vectors> {
         let sizes = self.vector_sizes(blocks);
         let affine = self.form == Form::Affine;
-        let check = |name, given: Option<&Tensor>| {
-            given.map(|given| vector(self.name, name, given, &sizes, x)).transpose()
+        let check = |name, given: Option<&Tensor>, sizes: &[usize]| {
+            given.map(|given| vector(self.name, name, given, sizes, x)).transpose()
         };
         Ok(Vectors {
-            scale: check(if affine { "weight" } else { "scale" }, scale)?,
-            shift: check(if affine { "bias" } else { "shift" }, shift)?,
-            gate: check("gate", gate)?,
+            scale: check(if affine { "weight" } else { "scale" }, scale, &sizes)?,
+            shift: check(if affine { "bias" } else { "shift" }, shift, &sizes)?,
+            gate: check("gate", gate, &sizes)?,
+            branch_bias: check("branch_bias", branch_bias, &[blocks.width])?,
             base: if affine && scale.is_some() { 0.0 } else { 1.0 },
         })
     }
 }
 
 impl RowNorm {
-    /// The dtype of all vectors, f32 if theirs differ.
+    /// The dtype of all vectors of groups, f32 if theirs differ.
     fn sum_dtype(&self) -> DType {
         let mut dtypes = [self.scale, self.shift, self.gate].into_iter().flatten();
         let first = dtypes.next().unwrap_or(DType::F32);
         if dtypes.all(|dtype| dtype == first) { first } else { DType::F32 }
     }
 
-    /// Where the gradients of scale, shift and gate go.
-    fn vector_targets(
-        &self,
-        pass: &BackwardPass,
-        blocks: &RowBlocks,
-        device: &Device,
-    ) -> Result<[Option<GradientTarget>; 3]> {
+    fn targets(&self, pass: &BackwardPass, blocks: &RowBlocks, device: &Device) -> Result<Targets> {
         let sizes = self.vector_sizes(blocks);
         let dtype = sum_dtype(device, self.sum_dtype());
-        let [scale, shift, gate] = self.vector_inputs();
-        let target = |input: Option<usize>| match input {
-            Some(input) => GradientTarget::of_dtype(pass, input, device, &sizes, dtype),
+        let [scale, shift, gate, branch_bias] = self.vector_inputs();
+        let target = |input: Option<usize>, sizes: &[usize], dtype| match input {
+            Some(input) => GradientTarget::of_dtype(pass, input, device, sizes, dtype),
             None => Ok(None),
         };
-        Ok([target(scale)?, target(shift)?, target(gate)?])
+        Ok(Targets {
+            of_groups: [
+                target(scale, &sizes, dtype)?,
+                target(shift, &sizes, dtype)?,
+                target(gate, &sizes, dtype)?,
+            ],
+            branch_bias: target(branch_bias, &[blocks.width], DType::F32)?,
+        })
+    }
+
+    fn give(&self, pass: &mut BackwardPass, targets: Targets) -> Result<()> {
+        let dtypes = [self.scale, self.shift, self.gate, self.branch_bias];
+        for (target, dtype) in targets.of_groups.into_iter().chain([targets.branch_bias]).zip(dtypes) {
+            if let Some((target, dtype)) = target.zip(dtype) {
+                target.give(pass, dtype)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -312,8 +342,11 @@ impl Op for RowNorm {
         for index in (1..inputs.len()).filter(|index| Some(*index) != positions[1]) {
             saver.input(index, inputs[index]);
         }
-        if let Some(statistics) = statistics.filter(|_| saver.remakes()) {
+        let [scale, shift, ..] = positions;
+        let takes = [(!self.gated()).then_some(0), scale, shift];
+        if let Some(statistics) = statistics.filter(|_| saver.remakes(takes.into_iter().flatten())) {
             let z = sum.as_ref().unwrap_or(&dense).detach();
+            let vectors = Vectors { gate: None, branch_bias: None, ..vectors };
             let normal = Normal { name: self.name, z, statistics, vectors, groups: blocks.groups };
             saver.remake(usize::from(self.gated()), normal);
         }
@@ -328,7 +361,9 @@ impl Op for RowNorm {
         let saved = 1 + self.first_vector();
         let scale = self.scale.map(|_| pass.saved(saved)).transpose()?;
         let gate = self.gate.map(|_| pass.saved(saved + 1)).transpose()?;
-        let vectors = self.vectors(&z, &blocks, [scale.as_ref(), None, gate.as_ref()])?;
+        let branch_bias = self.branch_bias.map(|_| pass.saved(saved + 2)).transpose()?;
+        let vectors =
+            self.vectors(&z, &blocks, [scale.as_ref(), None, gate.as_ref(), branch_bias.as_ref()])?;
         let normal_output = usize::from(self.gated());
         let gradient = match pass.take_gradient(normal_output) {
             Some(gradient) => gradient.contiguous()?,
@@ -341,7 +376,7 @@ impl Op for RowNorm {
             (Some(_), Some(sum)) => (reuse(sum)?, Some(reuse(&gradient)?)),
             (Some(_), None) => (Tensor::empty(z.device(), z.dims(), z.dtype())?, Some(reuse(&gradient)?)),
         };
-        let mut targets = self.vector_targets(pass, &blocks, z.device())?;
+        let mut targets = self.targets(pass, &blocks, z.device())?;
         let job = Backward {
             blocks: &blocks,
             z: &z,
@@ -353,25 +388,12 @@ impl Op for RowNorm {
             branch: branch.as_ref().zip(branch_gradient.as_ref()),
         };
         match z.device() {
-            Device::Cpu(cpu) => {
-                let sums = ColumnSums::new(z.device(), &blocks, 3)?;
-                cpu::backward(&cpu.pool, self, &job, &sums)?;
-                for (which, target) in targets.iter_mut().enumerate() {
-                    if let Some(target) = target {
-                        sums.write(&cpu.pool, &blocks, which, target);
-                    }
-                }
-            }
-            Device::Cuda(cuda) => cuda::backward(cuda, self, &job, targets.each_ref().map(Option::as_ref))?,
+            Device::Cpu(cpu) => cpu::backward(&cpu.pool, self, &job, &mut targets)?,
+            Device::Cuda(cuda) => cuda::backward(cuda, self, &job, &targets)?,
         }
         drop((gradient, sum_gradient));
         pass.give(0, z_gradient)?;
         branch_gradient.map_or(Ok(()), |gradient| pass.give(1, gradient))?;
-        for (target, dtype) in targets.into_iter().zip([self.scale, self.shift, self.gate]) {
-            if let Some((target, dtype)) = target.zip(dtype) {
-                target.give(pass, dtype)?;
-            }
-        }
-        Ok(())
+        self.give(pass, targets)
     }
 }

@@ -52,9 +52,15 @@ impl Case {
         let inputs = vec![x.to_vec(), vec![outputs, inner], vec![outputs]];
         let products = (x.iter().product::<usize>() * outputs) as f64;
         let case = Self::new(name, times, inputs, |t| {
-            Ok(one(ops::linear(&t[0], &t[1], Some(&t[2]), Activation::None)?))
+            Ok(one(ops::linear(&t[0], &t[1], t.get(2), Activation::None)?))
         });
         Self { products, ..case }
+    }
+
+    /// A linear layer's bias left to the op behind it.
+    fn without_bias(mut self) -> Self {
+        self.inputs.truncate(2);
+        self
     }
 
     /// The modulations of all blocks: layers over the same conditioning, each cut into six vectors.
@@ -135,17 +141,19 @@ fn of_block(config: &DitConfig, b: usize) -> Vec<Case> {
     let DitConfig { hidden_size: d, depth, heads, .. } = *config;
     let (n, hidden) = (rows * columns, config.mlp_hidden_size());
     let (x, vector) = (vec![b, n, d], vec![b, d]);
-    let gate_inputs = vec![x.clone(), x.clone(), vector.clone(), vector.clone(), vector];
-    let feed_inputs = vec![x.clone(), vec![hidden, d], vec![hidden], vec![d, hidden], vec![d]];
+    let gate_inputs = vec![x.clone(), x.clone(), vec![d], vector.clone(), vector.clone(), vector];
+    let feed_inputs = vec![x.clone(), vec![hidden, d], vec![hidden], vec![d, hidden]];
     let feed_forward = Case::new("feed_forward", depth, feed_inputs, |t| {
-        Ok(one(ops::feed_forward(&t[0], &t[1], &t[2], &t[3], &t[4], Activation::GeluTanh)?))
+        Ok(one(ops::feed_forward(&t[0], &t[1], &t[2], &t[3], Activation::GeluTanh)?))
     });
     vec![
         Case::linear("linear qkv", depth, &x, 3 * d),
         Case::attention("attention", depth, [b, heads, n, d / heads]),
-        Case::linear("linear proj", depth, &x, d),
+        Case::linear("linear proj", depth, &x, d).without_bias(),
         Case::new("gate_residual_layer_norm_modulate", 2 * depth, gate_inputs, |t| {
-            let (x, h) = ops::gate_residual_layer_norm_modulate(&t[0], &t[1], &t[2], &t[3], &t[4], EPSILON)?;
+            let [x, branch, bias, gate, shift, scale] = t else { panic!("six inputs") };
+            let (x, h) =
+                ops::gate_residual_layer_norm_modulate(x, branch, Some(bias), gate, shift, scale, EPSILON)?;
             Ok([x, h].into_iter().collect())
         }),
         Case { products: 2.0 * (b * n * d * hidden) as f64, ..feed_forward },
