@@ -73,8 +73,6 @@ template <int TILES> struct Product;
     "+f"(c[n + 2][0]), "+f"(c[n + 2][1]), "+f"(c[n + 2][2]), "+f"(c[n + 2][3]), \
     "+f"(c[n + 3][0]), "+f"(c[n + 3][1]), "+f"(c[n + 3][2]), "+f"(c[n + 3][3])
 #define RESULTS_16(c) FOUR_RESULTS(c, 0), FOUR_RESULTS(c, 4), FOUR_RESULTS(c, 8), FOUR_RESULTS(c, 12)
-#define RESULTS_32(c) \
-    RESULTS_16(c), FOUR_RESULTS(c, 16), FOUR_RESULTS(c, 20), FOUR_RESULTS(c, 24), FOUR_RESULTS(c, 28)
 #define NAMES_1 "%0,%1,%2,%3"
 #define NAMES_2 NAMES_1 ",%4,%5,%6,%7"
 #define NAMES_3 NAMES_2 ",%8,%9,%10,%11"
@@ -88,12 +86,6 @@ template <int TILES> struct Product;
     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
     "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define NAMES_32 \
-    NAMES_16 "," \
-    "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
-    "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95," \
-    "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
-    "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 #define DEFINE_PRODUCT(TILES, N, I0, I1, I2, I3, I4, I5, I6)                                             \
     template <> struct Product<TILES> {                                                                  \
@@ -129,7 +121,6 @@ DEFINE_PRODUCT(6, 48, "%24", "%25", "%26", "%27", "%28", "%29", "%30")
 DEFINE_PRODUCT(7, 56, "%28", "%29", "%30", "%31", "%32", "%33", "%34")
 DEFINE_PRODUCT(8, 64, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 DEFINE_PRODUCT(16, 128, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
-DEFINE_PRODUCT(32, 256, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 // Barriers in shared memory, 8 bytes each: waiting for a phase without stopping where all threads meet.
 
@@ -139,11 +130,6 @@ __device__ __forceinline__ void make_barrier(u32 barrier, int arrivals) {
 
 __device__ __forceinline__ void arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-/// Arrives when this thread's copies so far have.
-__device__ __forceinline__ void arrive_with_copies(u32 barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 /// Waits for the end of phase number `phase`.

@@ -33,12 +33,12 @@ constexpr int SLOTS = WALKING_GROUPS;  // of p with ds, one for each walking gro
 // Registers of a thread.
 constexpr int WALKING_REGISTERS = 184, OTHER_REGISTERS = 72;
 typedef PanelLayout<STAGE_ROWS> QueryLayout;
-typedef PanelLayout<KEY_BLOCK> KeyLayout;
+typedef BoxLayout KeyLayout;
 typedef float Scores[KEY_TILES][4];
 
 // Shared memory: stages of queries with do, stages of keys with values, o of a stage or dv on its way out, slots of p with ds,
 // dq and dk on their way out, statistics, zeros, barriers.
-constexpr int QUERY_STAGE_BYTES = 2 * QueryLayout::BYTES, KEY_STAGE_BYTES = 2 * KeyLayout::BYTES;
+constexpr int QUERY_STAGE_BYTES = 2 * QueryLayout::BYTES;
 constexpr int PANEL_BYTES = 64 * 128, SLOT_BYTES = 2 * PANEL_BYTES;
 constexpr int KEYS_OFFSET = QUERY_STAGES * QUERY_STAGE_BYTES;
 constexpr int OUTPUT_OFFSET = KEYS_OFFSET + KEY_STAGES * KEY_STAGE_BYTES;
@@ -53,8 +53,6 @@ __device__ __forceinline__ u32 query_tile(u32 shared, int stage) { return shared
 __device__ __forceinline__ u32 upstream_tile(u32 shared, int stage) {
     return query_tile(shared, stage) + QueryLayout::BYTES;
 }
-__device__ __forceinline__ u32 key_tile(u32 shared, int stage) { return shared + KEYS_OFFSET + stage * KEY_STAGE_BYTES; }
-__device__ __forceinline__ u32 value_tile(u32 shared, int stage) { return key_tile(shared, stage) + KeyLayout::BYTES; }
 /// Of a group's rows on their way out. The second 64 queries of a walking group go by way of its slot.
 __device__ __forceinline__ u32 staged_tile(u32 shared, int group, int m = 0) {
     if (m > 0) return shared + SLOTS_OFFSET + group * SLOT_BYTES;
@@ -71,15 +69,18 @@ __device__ __forceinline__ u32 statistics(u32 shared, int stage) {
 
 // Barriers: do with o that arrived, queries with do and statistics, keys with values; keys that no walking group needs any more;
 // p and ds written and taken.
-__device__ __forceinline__ u32 barrier(u32 shared, int number) { return shared + BARRIERS_OFFSET + number * 8; }
-__device__ __forceinline__ u32 upstream_arrived(u32 shared) { return barrier(shared, 0); }
-__device__ __forceinline__ u32 queries_arrived(u32 shared, int stage) { return barrier(shared, 1 + stage); }
-__device__ __forceinline__ u32 keys_arrived(u32 shared, int stage) { return barrier(shared, 1 + QUERY_STAGES + stage); }
+__device__ __forceinline__ u32 upstream_arrived(u32 shared) { return barrier(shared + BARRIERS_OFFSET, 0); }
+__device__ __forceinline__ u32 queries_arrived(u32 shared, int stage) {
+    return barrier(shared + BARRIERS_OFFSET, 1 + stage);
+}
+__device__ __forceinline__ u32 keys_arrived(u32 shared, int stage) {
+    return barrier(shared + BARRIERS_OFFSET, 1 + QUERY_STAGES + stage);
+}
 __device__ __forceinline__ u32 keys_left(u32 shared, int stage) {
-    return barrier(shared, 1 + QUERY_STAGES + KEY_STAGES + stage);
+    return barrier(shared + BARRIERS_OFFSET, 1 + QUERY_STAGES + KEY_STAGES + stage);
 }
 __device__ __forceinline__ u32 written(u32 shared, int slot, int what) {
-    return barrier(shared, 1 + QUERY_STAGES + 2 * KEY_STAGES + 2 * slot + what);
+    return barrier(shared + BARRIERS_OFFSET, 1 + QUERY_STAGES + 2 * KEY_STAGES + 2 * slot + what);
 }
 __device__ __forceinline__ u32 taken(u32 shared, int slot, int what) { return written(shared, slot + SLOTS, what); }
 
@@ -122,8 +123,6 @@ struct Visit {
         else block++;
     }
 };
-
-__device__ __forceinline__ int key_blocks(const Arguments &a) { return (a.keys + KEY_BLOCK - 1) / KEY_BLOCK; }
 
 // The walking groups.
 
@@ -194,7 +193,8 @@ __device__ __forceinline__ void walk(
     float (&dq)[CHUNKS][4], const Arguments &a, const Walk &at, u32 shared, int m, int query_stage, int key_stage,
     int first_key, int round, Before before) {
     const u32 queries = query_tile(shared, query_stage), upstream = upstream_tile(shared, query_stage);
-    const u32 keys = key_tile(shared, key_stage), values = value_tile(shared, key_stage), zeros = shared + ZEROS_OFFSET;
+    const u32 keys = key_tile(shared + KEYS_OFFSET, key_stage), values = value_tile(shared + KEYS_OFFSET, key_stage);
+    const u32 zeros = shared + ZEROS_OFFSET;
     const int stage_row = at.group * 64 + own_row(), row = at.first_query + m * STAGE_ROWS + stage_row;
     Scores s, dp;
     begin_products();
@@ -216,6 +216,7 @@ __device__ __forceinline__ void walk(
     wait_products<1>();
     hold(s);
     make_probabilities(s, a, at.b, at.h, row, first_key, log_sum);
+    __syncwarp();  // lanes hide keys of their own
     wait_barrier(taken(shared, at.group, 0), round - 1);
 #pragma unroll
     for (int k = 0; k < KEY_TILES / 2; k++) {
@@ -232,7 +233,10 @@ __device__ __forceinline__ void walk(
 #pragma unroll
         for (int i = 0; i < 4; i++) dp[n][i] = s[n][i] * (dp[n][i] - delta[i / 2]);
     if constexpr (HAS_BIAS)
-        if (a.bias_partial != nullptr) store_bias_gradient(dp, a, at.b, at.h, row, first_key);
+        if (a.bias_partial != nullptr) {
+            store_bias_gradient(dp, a, at.b, at.h, row, first_key);
+            __syncwarp();  // past the end, some lanes store nothing
+        }
     wait_barrier(taken(shared, at.group, 1), round - 1);
     u32 left[KEY_TILES / 2][1][4];
 #pragma unroll
@@ -346,6 +350,7 @@ template <bool keys> struct Ahead {
             log_sum = INFINITY_F32;  // past the end, it makes p zero
             if (first + thread() < a.queries) log_sum = a.log_sums[head_index(a, b, h) + first + thread()];
         }
+        __syncwarp();  // one thread alone asked for boxes
         query_ring.next();
         if (++m < M_TILES) return;
         m = 0;
@@ -377,8 +382,8 @@ template <bool keys> struct Ahead {
             const u32 arrived = keys_arrived(shared, stage);
             wait_barrier(keys_left(shared, stage), key_ring.round - 1);
             expect_bytes(arrived, KEY_STAGE_BYTES);
-            copy_rows_of<KeyLayout>(key_tile(shared, stage), 0, maps.key, b, h, block * KEY_BLOCK, arrived);
-            copy_rows_of<KeyLayout>(value_tile(shared, stage), 0, maps.value, b, h, block * KEY_BLOCK, arrived);
+            copy_rows_of<KeyLayout>(key_tile(shared + KEYS_OFFSET, stage), 0, maps.key, b, h, block * KEY_BLOCK, arrived);
+            copy_rows_of<KeyLayout>(value_tile(shared + KEYS_OFFSET, stage), 0, maps.value, b, h, block * KEY_BLOCK, arrived);
         }
         __syncwarp();
         key_ring.next();
@@ -427,6 +432,7 @@ __device__ __forceinline__ void finish_keys(
         head_of(gradient, at.b(a), at.h(a)), u32(gradient.token), a.partial + head * a.keys * HEAD_DIM, a.keys, scale,
         at.block == 0, at.is_last(a) && a.parts == 1};
     finish_rows<CHUNKS>(c, to, block * KEY_BLOCK + warp_row(), 0);
+    __syncwarp();  // past the end, some lanes store nothing
 }
 
 // With a stage to spare, the queries for the last one that a visit frees may come later: not all copies at once.

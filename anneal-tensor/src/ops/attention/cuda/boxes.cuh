@@ -41,10 +41,11 @@ __device__ __forceinline__ void store_rows_of(u32 tile, const RowMaps &maps, int
     commit_boxes();
 }
 
-/// Every warp of a group arrives once.
+/// Every warp of a group arrives once, and is together again afterwards: instructions of the whole warp may follow.
 __device__ __forceinline__ void arrive_as_warp(u32 barrier) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) arrive(barrier);
+    __syncwarp();
 }
 
 /// A stage of a ring, and how often the ring was gone through.
@@ -55,6 +56,15 @@ template <int LENGTH> struct Ring {
         if (++stage == LENGTH) stage = 0, round++;
     }
 };
+
+/// Number `number` of the barriers from an address on.
+__device__ __forceinline__ u32 barrier(u32 barriers, int number) { return barriers + number * 8; }
+
+// Stages of 64 keys with their values, from `stages` on.
+constexpr int KEY_STAGE_BYTES = 2 * BoxLayout::BYTES;
+__device__ __forceinline__ u32 key_tile(u32 stages, int stage) { return stages + stage * KEY_STAGE_BYTES; }
+__device__ __forceinline__ u32 value_tile(u32 stages, int stage) { return key_tile(stages, stage) + BoxLayout::BYTES; }
+__device__ __forceinline__ int key_blocks(const Arguments &a) { return (a.keys + BOX_ROWS - 1) / BOX_ROWS; }
 
 /// The first of a warp's rows, and of a thread's, in their group's 64.
 __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % 4 * 16; }

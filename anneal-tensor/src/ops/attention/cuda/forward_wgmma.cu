@@ -23,21 +23,22 @@ constexpr int TILE_BYTES = BoxLayout::BYTES;
 
 // Shared memory: stages of queries, which outputs leave by, stages of keys with values, zeros, barriers.
 constexpr int KEYS_OFFSET = QUERY_STAGES * GROUPS * TILE_BYTES;
-constexpr int ZEROS_OFFSET = KEYS_OFFSET + 2 * STAGES * TILE_BYTES;
+constexpr int ZEROS_OFFSET = KEYS_OFFSET + STAGES * KEY_STAGE_BYTES;
 constexpr int BARRIERS_OFFSET = ZEROS_OFFSET + BOX_ROWS * 16;
 
 __device__ __forceinline__ u32 query_tile(u32 shared, int stage, int group) {
     return shared + (stage * GROUPS + group) * TILE_BYTES;
 }
-__device__ __forceinline__ u32 key_tile(u32 shared, int stage) { return shared + KEYS_OFFSET + 2 * stage * TILE_BYTES; }
-__device__ __forceinline__ u32 value_tile(u32 shared, int stage) { return key_tile(shared, stage) + TILE_BYTES; }
 // Barriers: boxes that arrived, and stages that nobody needs any more.
-__device__ __forceinline__ u32 barrier(u32 shared, int number) { return shared + BARRIERS_OFFSET + number * 8; }
-__device__ __forceinline__ u32 queries_arrived(u32 shared, int stage) { return barrier(shared, stage); }
-__device__ __forceinline__ u32 queries_left(u32 shared, int stage) { return barrier(shared, QUERY_STAGES + stage); }
-__device__ __forceinline__ u32 keys_arrived(u32 shared, int stage) { return barrier(shared, 2 * QUERY_STAGES + stage); }
+__device__ __forceinline__ u32 queries_arrived(u32 shared, int stage) { return barrier(shared + BARRIERS_OFFSET, stage); }
+__device__ __forceinline__ u32 queries_left(u32 shared, int stage) {
+    return barrier(shared + BARRIERS_OFFSET, QUERY_STAGES + stage);
+}
+__device__ __forceinline__ u32 keys_arrived(u32 shared, int stage) {
+    return barrier(shared + BARRIERS_OFFSET, 2 * QUERY_STAGES + stage);
+}
 __device__ __forceinline__ u32 keys_left(u32 shared, int stage) {
-    return barrier(shared, 2 * QUERY_STAGES + STAGES + stage);
+    return barrier(shared + BARRIERS_OFFSET, 2 * QUERY_STAGES + STAGES + stage);
 }
 
 __device__ __forceinline__ void make_barriers(u32 shared) {
@@ -67,13 +68,12 @@ struct Visit {
     }
 };
 
-__device__ __forceinline__ int key_blocks(const Arguments &a) { return (a.keys + KEY_BLOCK - 1) / KEY_BLOCK; }
-
 /// The requesting thread.
 __device__ __forceinline__ void request_all(const Arguments &a, const ForwardMaps &maps, u32 shared) {
     Ring<QUERY_STAGES> queries;
     Ring<STAGES> keys;
     const int blocks = key_blocks(a);
+    const u32 stages = shared + KEYS_OFFSET;
 #pragma unroll 1
     for (int work = blockIdx.x; work < Visit::count(a); work += gridDim.x) {
         const Visit at(a, work);
@@ -90,9 +90,10 @@ __device__ __forceinline__ void request_all(const Arguments &a, const ForwardMap
         for (int block = 0; block < blocks; block++) {
             wait_barrier(keys_left(shared, keys.stage), keys.round - 1);
             const u32 arrived = keys_arrived(shared, keys.stage);
-            expect_bytes(arrived, 2 * TILE_BYTES);
-            copy_rows_of<BoxLayout>(key_tile(shared, keys.stage), 0, maps.key, at.b, at.h, block * KEY_BLOCK, arrived);
-            copy_rows_of<BoxLayout>(value_tile(shared, keys.stage), 0, maps.value, at.b, at.h, block * KEY_BLOCK, arrived);
+            expect_bytes(arrived, KEY_STAGE_BYTES);
+            const u32 key = key_tile(stages, keys.stage), value = value_tile(stages, keys.stage);
+            copy_rows_of<BoxLayout>(key, 0, maps.key, at.b, at.h, block * KEY_BLOCK, arrived);
+            copy_rows_of<BoxLayout>(value, 0, maps.value, at.b, at.h, block * KEY_BLOCK, arrived);
             keys.next();
         }
     }
@@ -138,6 +139,7 @@ __device__ __forceinline__ void attend_all(const Arguments &a, const ForwardMaps
     const int blocks = key_blocks(a);
     const float log2_scale = fmaxf(fabsf(a.scale) * LOG2_E, 1e-30f);  // never infinity times zero
     const float factor = HAS_BIAS ? 1.0f : log2_scale;
+    const u32 stages = shared + KEYS_OFFSET;
     const bool leads = threadIdx.x % GROUP_THREADS == 0;
 #pragma unroll 1
     for (int work = blockIdx.x; work < Visit::count(a); work += gridDim.x) {
@@ -152,18 +154,22 @@ __device__ __forceinline__ void attend_all(const Arguments &a, const ForwardMaps
         for (int block = 0; block < blocks; block++) {
             wait_barrier(keys_arrived(shared, keys.stage), keys.round);
             attend(
-                state, a, at, tile, key_tile(shared, keys.stage), value_tile(shared, keys.stage), shared + ZEROS_OFFSET,
-                block * KEY_BLOCK, log2_scale, factor);
+                state, a, at, tile, key_tile(stages, keys.stage), value_tile(stages, keys.stage),
+                shared + ZEROS_OFFSET, block * KEY_BLOCK, log2_scale, factor);
             arrive_as_warp(keys_left(shared, keys.stage));
             keys.next();
-            if (block > 0 || !leads || work == blockIdx.x) continue;
+            if (block > 0 || work == blockIdx.x) continue;
             // Outputs of the visit before have left by now: its stage may be requested.
-            wait_boxes_left();
-            arrive(queries_left(shared, 1 - queries.stage));
+            if (leads) {
+                wait_boxes_left();
+                arrive(queries_left(shared, 1 - queries.stage));
+            }
+            __syncwarp();
         }
         meet_group(group);  // all products have read the queries: outputs leave by their place
         float inverse[M_TILES][2];
         last_factors(state, inverse, a, at, factor);
+        __syncwarp();  // some lanes alone stored log-sums
         const int first = visit.first_query + group * BOX_ROWS;
         store_results(state.output[0], inverse[0], tile, group, maps.output, visit.b, visit.h, first);
         queries.next();
