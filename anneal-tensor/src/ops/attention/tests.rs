@@ -6,6 +6,7 @@ use anneal_testkit::{
 };
 
 /// Sizes of a case, and its key mask (`[B, M]`, empty for none).
+#[derive(Clone)]
 struct Case {
     batch: usize,
     queries: usize,
@@ -374,6 +375,21 @@ fn many_heads_on_a_gpu_have_the_bits_of_each_alone() {
         }
     }
     cuda.set_attention_backend(None);
+}
+
+/// So many heads that some blocks of threads with four groups of queries stay for a third one, whose queries go where the
+/// first one's were: masks, biases and negative scales there, and the widest heads of four groups and of two.
+#[test]
+fn many_heads_of_four_groups_of_queries() {
+    let case = Case::new(17, 130, 70, 16, 8);
+    case.clone().masked().check_large("many heads, mask", &case.inputs());
+    let negative = Case { scale: -0.3, ..case.clone() };
+    negative.check_large("many heads, bias, negative scale", &negative.with_bias(1, 16));
+    case.clone().masked().check_large("many heads, mask and bias", &case.with_bias(17, 1));
+    for dim in [80, 128] {
+        let case = Case { scale: -0.1, ..Case::new(17, 130, 12, 16, dim) }.masked();
+        case.check_large(&format!("many wide heads, {dim}"), &case.inputs());
+    }
 }
 
 /// As many heads as need no more than two parts of three blocks of queries: visits one after the other add their sums.

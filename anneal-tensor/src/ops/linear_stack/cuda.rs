@@ -1,4 +1,4 @@
-use anneal_device::cuda::{Batch, Operand, Output, Product};
+use anneal_device::cuda::{Batch, Operand, Product};
 use anneal_device::{CudaDevice, Purpose};
 
 use super::super::gradient_target::GradientTarget;
@@ -47,9 +47,9 @@ pub(super) fn parameter_gradients(
     for (first, Run { start, count, distances: [c] }) in runs_of_targets(weights) {
         let gradient = gradient.piece(start * rows * outputs, &[rows, outputs])?;
         let (a, _gradient) = operand(MatrixView::of_rows(&gradient)?)?;
-        let target = Output::new(first.gradient.address(), DType::F32.element_type(NAME)?, inner);
         let shape = (outputs, inner, rows);
-        let plain = Product::new("matmul weight gradient", shape, a.transposed(), b, target);
+        let plain =
+            Product::new("matmul weight gradient", shape, a.transposed(), b, output(&first.gradient)?);
         let batch = Batch { count, a: rows * outputs, b: 0, c, bias: 0 };
         // SAFETY: sinks or fresh memory of [o, d], which lie as the batch says and are written here alone.
         unsafe { cuda.matmul(&Product { accumulate: first.accumulate, batch, ..plain })? };

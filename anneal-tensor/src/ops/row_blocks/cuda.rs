@@ -13,14 +13,14 @@ use crate::{DType, Device, Result, Tensor};
 
 const SOURCE: Source = Source { name: "row_blocks", code: include_str!("kernel.cu") };
 
-/// Warps of these kernels that a multiprocessor runs at once: 168 registers for each thread.
+/// Warps of normalize_backward that a multiprocessor runs at once: 168 registers for each thread.
 pub(in crate::ops) const RESIDENT_WARPS: usize = 12;
 /// A run has at least about this many rows, so that the sums of runs, which are written and read once more, stay small
 /// beside the rows.
 const LEAST_ROWS: usize = 16;
 /// What beginning and ending a run takes, in rows.
 const RUN_COST: usize = 8;
-/// Runs are so many that the device goes through them at most so many times.
+/// Runs are so many that the device goes through them at most so many times, unless the groups alone are more.
 const MOST_WAVES: usize = 4;
 /// Runs of a group from which on several slices of a block share them.
 const MANY_RUNS: usize = 16;
@@ -38,15 +38,29 @@ pub(in crate::ops) struct Runs {
 }
 
 impl Runs {
-    /// For blocks of `warps` warps that work on `together` rows at a time, on a device of so many multiprocessors: the runs that
-    /// are over first, where those of a last wave that leaves most of the device idle count as whole ones.
+    /// As [`Self::with_residents`], for kernels of [`RESIDENT_WARPS`].
     pub fn new(blocks: &RowBlocks, warps: usize, together: usize, multiprocessors: usize) -> Self {
+        Self::with_residents(blocks, RESIDENT_WARPS, warps, together, multiprocessors)
+    }
+
+    /// For blocks of `warps` warps that work on `together` rows at a time, on a device of so many multiprocessors which run
+    /// `residents` warps each at once: the runs that are over first, where those of a last wave that leaves most of the
+    /// device idle count as whole ones.
+    pub fn with_residents(
+        blocks: &RowBlocks,
+        residents: usize,
+        warps: usize,
+        together: usize,
+        multiprocessors: usize,
+    ) -> Self {
         let (groups, rows) = (blocks.groups, blocks.rows);
-        let at_once = multiprocessors * (RESIDENT_WARPS / warps).max(1);
-        let most = rows.div_ceil(LEAST_ROWS).min(MOST_WAVES * at_once / groups.max(1)).max(1);
+        let at_once = multiprocessors * (residents / warps).max(1);
+        // Of the cuts that take so many waves, the one into most parts has the shortest runs and is over first.
+        let parts_of = |waves: usize| rows.div_ceil(LEAST_ROWS).min(waves * at_once / groups.max(1)).max(1);
         let run_of = |parts: usize| rows.div_ceil(parts).next_multiple_of(together).max(1);
         let cost = |run: usize| (groups * rows.div_ceil(run)).div_ceil(at_once) * (run + RUN_COST);
-        let run = (1..=most).map(run_of).min_by_key(|run| cost(*run)).expect("there is at least one");
+        let runs = (1..=MOST_WAVES).map(|waves| run_of(parts_of(waves)));
+        let run = runs.min_by_key(|run| cost(*run)).expect("there is at least one");
         Self { groups, rows, width: blocks.width, run, per_group: rows.div_ceil(run).max(1) }
     }
 
@@ -158,4 +172,112 @@ pub(in crate::ops) fn variants() -> Vec<Variant> {
     pairs
         .map(|(dtype, slices, columns)| Variant { source: SOURCE, macros: macros(dtype, slices, columns) })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MULTIPROCESSORS: usize = 132;
+
+    /// A call, and the cut worked out by hand.
+    struct Case {
+        groups: usize,
+        rows: usize,
+        residents: usize,
+        warps: usize,
+        together: usize,
+        /// Rows of a run, runs of a group.
+        expected: (usize, usize),
+    }
+
+    /// Of normalize_backward (12 resident warps, 4 rows together) and of gate_residual (16, 8). In the comments, the cost
+    /// of the best cuts into one, two, three and four waves: waves times (rows of a run + 8).
+    fn cases() -> Vec<Case> {
+        let case = |[groups, rows]: [usize; 2], [residents, warps, together]: [usize; 3], expected| Case {
+            groups,
+            rows,
+            residents,
+            warps,
+            together,
+            expected,
+        };
+        vec![
+            // DiT-B/2: 528 runs at once. 1 (128 + 8), 2 (64 + 8), 3 (44 + 8), 4 (32 + 8).
+            case([256, 256], [12, 3, 4], (128, 2)),
+            // 660 at once. 1 (128 + 8), 2 (56 + 8), 3 (40 + 8), 4 (32 + 8).
+            case([256, 256], [16, 3, 8], (56, 5)),
+            // DiT-S/2: 792 at once. 1 (88 + 8), 2 (44 + 8), 3 (32 + 8), 4 (24 + 8).
+            case([256, 256], [12, 2, 4], (88, 3)),
+            // DiT-XL/2: 264 at once. 1 (64 + 8), 2 (32 + 8), 3 (24 + 8), 4 (16 + 8).
+            case([64, 256], [12, 5, 4], (64, 4)),
+            // 1 (128 + 8), 2 (64 + 8), 3 (44 + 8), 4 (32 + 8).
+            case([128, 256], [12, 5, 4], (128, 2)),
+            // 396 at once. 1 (88 + 8), 2 (48 + 8), 3 (32 + 8), 4 (24 + 8).
+            case([128, 256], [16, 5, 8], (88, 3)),
+            // 264 at once. 1 (3788 + 8), 2 (1896 + 8), 3 (1264 + 8), 4 (948 + 8).
+            case([1, 1_000_000], [12, 5, 4], (3788, 264)),
+            // Few rows are one run, as are the groups where they alone are more than four waves.
+            case([1, 1], [12, 5, 4], (4, 1)),
+            case([2, 15], [16, 3, 8], (16, 1)),
+            case([3000, 256], [12, 5, 4], (256, 1)),
+            case([5, 0], [12, 5, 4], (1, 1)),
+            case([0, 256], [12, 5, 4], (256, 1)),
+        ]
+    }
+
+    impl Case {
+        fn at_once(&self) -> usize {
+            MULTIPROCESSORS * (self.residents / self.warps).max(1)
+        }
+
+        fn runs(&self) -> Runs {
+            let blocks = RowBlocks::new(self.groups, self.rows, 768);
+            Runs::with_residents(&blocks, self.residents, self.warps, self.together, MULTIPROCESSORS)
+        }
+
+        /// How long runs of so many rows take.
+        fn cost(&self, run: usize) -> usize {
+            (self.groups * self.rows.div_ceil(run)).div_ceil(self.at_once()) * (run + RUN_COST)
+        }
+
+        fn check(&self) {
+            let Self { groups, rows, together, .. } = *self;
+            let Runs { run, per_group, .. } = self.runs();
+            let name = format!("{groups} x {rows}: {per_group} runs of {run}");
+            assert!(per_group >= 1 && run * per_group >= rows, "{name}: rows are left");
+            assert!(per_group == 1 || run * (per_group - 1) < rows, "{name}: a run is empty");
+            assert!(run.is_multiple_of(together) || rows == 0, "{name}: turns of {together} rows");
+            let waves = (groups * per_group).div_ceil(self.at_once());
+            assert!(waves <= MOST_WAVES.max(groups.div_ceil(self.at_once())), "{name}: {waves} waves");
+            // Of all cuts that are allowed.
+            let most = rows.div_ceil(LEAST_ROWS).min(MOST_WAVES * self.at_once() / groups.max(1)).max(1);
+            let all = (1..=most).map(|parts| rows.div_ceil(parts).next_multiple_of(together).max(1));
+            let least = all.map(|run| self.cost(run)).min().unwrap();
+            assert_eq!(self.cost(run), least, "{name}: another cut is over first");
+        }
+    }
+
+    #[test]
+    fn runs_are_those_that_are_over_first() {
+        for case in cases() {
+            case.check();
+            let runs = case.runs();
+            assert_eq!((runs.run, runs.per_group), case.expected, "{} x {}", case.groups, case.rows);
+        }
+    }
+
+    #[test]
+    fn runs_of_any_shape_cover_the_rows_and_none_is_empty() {
+        for groups in [1, 2, 7, 64, 131, 133, 500, 2111, 2113] {
+            for rows in [1, 3, 16, 17, 100, 255, 257, 1024, 5000] {
+                for (residents, together) in [(12, 1), (12, 2), (12, 4), (16, 8)] {
+                    for warps in [1, 3, 8, 16] {
+                        let expected = (0, 0);
+                        Case { groups, rows, residents, warps, together, expected }.check();
+                    }
+                }
+            }
+        }
+    }
 }

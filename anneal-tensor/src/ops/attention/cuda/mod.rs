@@ -342,9 +342,22 @@ pub(in crate::ops) fn variants() -> Vec<Variant> {
         for geometry in Geometry::all_backward_of_warps(dim) {
             all.push(variant(BACKWARD_MMA, &common, geometry));
         }
-        for few in [false, true] {
-            all.push(variant(FORWARD_WGMMA, &common, Geometry::forward_of_warpgroups(dim, few)));
-        }
+    }
+    // Four groups and two, with and without a bias and chunks beyond the panels; wide heads have two in any case. A mask
+    // is an argument.
+    for (dtype, bias, dim, few) in [
+        (DType::BF16, None, 72, false),
+        (DType::BF16, None, 72, true),
+        (DType::BF16, None, 64, false),
+        (DType::F16, None, 80, false),
+        (DType::BF16, Some(DType::BF16), 72, false),
+        (DType::BF16, Some(DType::BF16), 72, true),
+        (DType::F16, Some(DType::F32), 40, false),
+        (DType::F16, Some(DType::F32), 80, false),
+        (DType::F16, Some(DType::F32), 128, false),
+    ] {
+        let geometry = Geometry::forward_of_warpgroups(dim, few);
+        all.push(variant(FORWARD_WGMMA, &macros(dim, dtype, bias), geometry));
     }
     for (dtype, bias) in [(DType::F32, None), (DType::BF16, Some(DType::F16))] {
         let common = macros(36, dtype, bias);
