@@ -6,7 +6,7 @@ use std::collections::hash_map::Entry;
 use super::choices::{fastest, keep, parse, path};
 use super::library::{Algorithm, Description};
 use super::problem::Problem;
-use super::{CudaDevice, Engine, Operand, Product, WORKSPACE, version};
+use super::{Batch, CudaDevice, Engine, Operand, Product, WORKSPACE, version};
 use crate::{Buffer, DeviceError, Purpose};
 
 /// Algorithms that the library is asked for.
@@ -15,6 +15,11 @@ const CANDIDATES: usize = 32;
 const FIRST_LOOK: f32 = 100.0;
 /// Candidates that are measured again after the first look.
 const FINALISTS: usize = 4;
+/// Bytes of memory that stands in for C, unless a single product has more: beyond the caches of GPUs, so that C comes from
+/// memory as in a step.
+const STAND_IN: usize = 128 << 20;
+/// The distances in elements between members that stand in are multiples of this many: those of any alignment then.
+const WIDEST: usize = 16;
 
 /// By problem, and whether it was met in the deterministic mode; `None` where the library refuses.
 #[derive(Default)]
@@ -80,7 +85,8 @@ impl Plan {
 
     /// Takes the fastest of the candidates, run on noise: the operands of a first step may be zeros, on which a GPU needs
     /// so little power that other candidates win. Where memory lacks for that, they are run on the operands. C, which
-    /// the product is about to overwrite, is written on the way; where it is added to, other memory stands in for it.
+    /// the product is about to overwrite, is written on the way; where it is added to, other memory stands in for it,
+    /// for that of a batch's first members ([`stand_in`]).
     /// A batch is run on its operands: they may be a good part of a model's weights, and noise like them would be
     /// the highest use of memory.
     ///
@@ -94,34 +100,43 @@ impl Plan {
         product: &Product,
     ) -> Result<(), DeviceError> {
         self.settled = true;
-        let batch = product.batch;
-        let last = (batch.count - 1) * batch.c;
-        let bytes = (last + product.rows * product.c.leading) * product.c.element.size();
-        let scratch = match product.accumulate.then(|| device.allocate(bytes, Purpose::Workspace)) {
+        let member = product.rows * product.c.leading;
+        let element = product.c.element.size();
+        let standing_in = product.accumulate.then(|| stand_in(problem.batch, member, element));
+        let bytes = standing_in.map(|batch| ((batch.count - 1) * batch.c + member) * element);
+        let scratch = match bytes.map(|bytes| device.allocate(bytes, Purpose::Workspace)) {
             // Too little memory to measure in: the proposal stays.
             Some(Err(_)) => return Ok(()),
             other => other.transpose()?,
         };
+        let own = match standing_in.filter(|batch| *batch != problem.batch) {
+            Some(batch) => {
+                let own = Description::new(device.ordinal(), &Problem { batch, ..*problem })?;
+                own.point_at(product)?;
+                Some(own)
+            }
+            None => None,
+        };
         let c = scratch.as_ref().map_or(product.c.pointer, |scratch| scratch.as_ptr());
-        let noise = |operand, rows, columns| match batch.count {
+        let noise = |operand, rows, columns| match problem.batch.count {
             1 => device.noise_like(operand, rows, columns),
             _ => Ok(None),
         };
         let a = noise(&product.a, product.rows, product.depth)?;
         let b = noise(&product.b, product.depth, product.columns)?;
-        let standing_in = |operand: Operand, memory: &Option<Buffer>| {
+        let with_noise = |operand: Operand, memory: &Option<Buffer>| {
             let pointer = memory.as_ref().map_or(operand.pointer, |memory| memory.as_ptr().cast_const());
             Operand { pointer, ..operand }
         };
-        let product = &Product { a: standing_in(product.a, &a), b: standing_in(product.b, &b), ..*product };
+        let product = &Product { a: with_noise(product.a, &a), b: with_noise(product.b, &b), ..*product };
         let candidates = self.description.algorithms(&engine.handle, problem, WORKSPACE, CANDIDATES)?;
         let workspace = (engine.workspace.as_ptr(), WORKSPACE);
         let description = &self.description;
+        let measured = own.as_ref().unwrap_or(description);
         let mut run = |index: usize| {
             let algorithm = &candidates[index];
-            // SAFETY: the caller's promise; the scratch memory is as large as C.
-            unsafe { description.run(&engine.handle, algorithm, product, c, workspace, device.stream()) }
-                .is_ok()
+            // SAFETY: the caller's promise; the scratch memory is as large as C of what is measured.
+            unsafe { measured.run(&engine.handle, algorithm, product, c, workspace, device.stream()) }.is_ok()
         };
         let Some(best) = quickest(device, candidates.len(), &mut run)? else { return Ok(()) };
         self.algorithm = candidates[best];
@@ -149,6 +164,19 @@ impl Plan {
         let (c, stream) = (product.c.pointer, device.stream());
         // SAFETY: the caller's promise.
         unsafe { self.description.run(&engine.handle, &self.algorithm, product, c, workspace, stream) }
+    }
+}
+
+/// What is measured of a batch that adds to C, whose members cover so many elements of so many bytes: its first members, as
+/// far as they fit [`STAND_IN`], close to each other. All of them can be a good part of a model's gradients, with the
+/// distances of its layers between them: memory that the step itself may have no room for. And so few tell as much: the
+/// members are of one shape, and where some are left out, the others cover more than half of [`STAND_IN`], in f32
+/// some 500 tiles of 128 by 256 and thus several waves of any GPU.
+fn stand_in(batch: Batch, member: usize, element: usize) -> Batch {
+    let distance = member.next_multiple_of(WIDEST);
+    match (STAND_IN / (distance * element)).clamp(1, batch.count) {
+        1 => Batch::ONE,
+        count => Batch { count, c: distance, ..batch },
     }
 }
 
@@ -205,6 +233,22 @@ mod tests {
         assert_eq!(algorithm_of(&text[..text.len() - 1]), None);
         assert_eq!(algorithm_of(&text.replace(" 0000000000000001", "")), None);
         assert_eq!(algorithm_of(&text.replace('f', "g")), None);
+    }
+
+    #[test]
+    fn a_large_batch_that_is_added_to_is_measured_by_its_first_members() {
+        let batch = |count, c| Batch { count, a: 1000, b: 0, c, bias: 0 };
+        // The modulations of DiT-XL/2: 28 weights of [6912, 1152] in f32, side by side or a block's parameters apart.
+        for distance in [6912 * 1152, 30_000_000] {
+            assert_eq!(stand_in(batch(28, distance), 6912 * 1152, 4), batch(4, 6912 * 1152));
+        }
+        // Of DiT-S/2: 12 of [2304, 384], 42 MB.
+        assert_eq!(stand_in(batch(12, 2304 * 384), 2304 * 384, 4), batch(12, 2304 * 384));
+        // Rows of odd length: the next member begins where an aligned one may.
+        assert_eq!(stand_in(batch(3, 40), 33, 4), batch(3, 48));
+        // One that is larger than all memory that stands in, and a single product.
+        assert_eq!(stand_in(batch(5, STAND_IN), STAND_IN, 4), Batch::ONE);
+        assert_eq!(stand_in(Batch::ONE, 6912 * 1152, 4), Batch::ONE);
     }
 
     #[test]
