@@ -382,13 +382,13 @@ fn many_heads_on_a_gpu_have_the_bits_of_each_alone() {
 #[test]
 fn many_heads_of_four_groups_of_queries() {
     let case = Case::new(17, 130, 70, 16, 8);
-    case.clone().masked().check_large("many heads, mask", &case.inputs());
+    case.clone().masked().check_on_gpu("many heads, mask", &case.inputs());
     let negative = Case { scale: -0.3, ..case.clone() };
-    negative.check_large("many heads, bias, negative scale", &negative.with_bias(1, 16));
-    case.clone().masked().check_large("many heads, mask and bias", &case.with_bias(17, 1));
+    negative.check_on_gpu("many heads, bias, negative scale", &negative.with_bias(1, 16));
+    case.clone().masked().check_on_gpu("many heads, mask and bias", &case.with_bias(17, 1));
     for dim in [80, 128] {
         let case = Case { scale: -0.1, ..Case::new(17, 130, 12, 16, dim) }.masked();
-        case.check_large(&format!("many wide heads, {dim}"), &case.inputs());
+        case.check_on_gpu(&format!("many wide heads, {dim}"), &case.inputs());
     }
 }
 

@@ -34,7 +34,7 @@ impl Plan {
         let pack = pack(blocks.width, dtype, rows.iter().copied(), [gate].into_iter());
         let threads = blocks.width.div_ceil(pack).next_multiple_of(32).clamp(32, MOST_THREADS);
         let multiprocessors = cuda.properties().multiprocessors;
-        let runs = Runs::with_residents(blocks, RESIDENT_WARPS, threads / 32, ROWS, multiprocessors);
+        let runs = Runs::new(blocks, RESIDENT_WARPS, threads / 32, ROWS, multiprocessors);
         Self { runs, threads, macros: macros(dtype, gate.dtype(), pack) }
     }
 

@@ -13,8 +13,6 @@ use crate::{DType, Device, Result, Tensor};
 
 const SOURCE: Source = Source { name: "row_blocks", code: include_str!("kernel.cu") };
 
-/// Warps of normalize_backward that a multiprocessor runs at once: 168 registers for each thread.
-pub(in crate::ops) const RESIDENT_WARPS: usize = 12;
 /// A run has at least about this many rows, so that the sums of runs, which are written and read once more, stay small
 /// beside the rows.
 const LEAST_ROWS: usize = 16;
@@ -38,15 +36,10 @@ pub(in crate::ops) struct Runs {
 }
 
 impl Runs {
-    /// As [`Self::with_residents`], for kernels of [`RESIDENT_WARPS`].
-    pub fn new(blocks: &RowBlocks, warps: usize, together: usize, multiprocessors: usize) -> Self {
-        Self::with_residents(blocks, RESIDENT_WARPS, warps, together, multiprocessors)
-    }
-
     /// For blocks of `warps` warps that work on `together` rows at a time, on a device of so many multiprocessors which run
     /// `residents` warps each at once: the runs that are over first, where those of a last wave that leaves most of the
     /// device idle count as whole ones.
-    pub fn with_residents(
+    pub fn new(
         blocks: &RowBlocks,
         residents: usize,
         warps: usize,
@@ -232,7 +225,7 @@ mod tests {
 
         fn runs(&self) -> Runs {
             let blocks = RowBlocks::new(self.groups, self.rows, 768);
-            Runs::with_residents(&blocks, self.residents, self.warps, self.together, MULTIPROCESSORS)
+            Runs::new(&blocks, self.residents, self.warps, self.together, MULTIPROCESSORS)
         }
 
         /// How long runs of so many rows take.

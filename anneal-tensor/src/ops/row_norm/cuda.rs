@@ -6,7 +6,7 @@ use crate::kernels::element;
 use crate::ops::cast;
 use crate::ops::linear::cuda::{SumTargets, add_partials};
 use crate::ops::row_blocks::RowBlocks;
-use crate::ops::row_blocks::cuda::{RESIDENT_WARPS, Runs, address, pack, push_vector, sum_runs};
+use crate::ops::row_blocks::cuda::{Runs, address, pack, push_vector, sum_runs};
 use crate::{DType, Result, Tensor};
 
 const FORWARD: Source = Source { name: "row_norm/forward", code: include_str!("forward.cu") };
@@ -17,6 +17,9 @@ const HELD: usize = 48;
 /// The same of few rows, and what is few for a multiprocessor.
 const FEW_HELD: usize = 16;
 const FEW_ROWS: usize = 16;
+
+/// Warps of the backward kernel that a multiprocessor runs at once: 168 registers for each thread.
+const RESIDENT_WARPS: usize = 12;
 
 /// What a kernel is compiled for.
 #[derive(Clone, Copy)]
@@ -200,7 +203,13 @@ pub(super) fn backward(cuda: &CudaDevice, op: &RowNorm, job: &Backward, targets:
         [Some(job.z), Some(job.gradient), job.sum_gradient, Some(job.z_gradient), branch, branch_gradient];
     let kind = Kind::new(width, &rows, &vectors);
     let columns = Columns::new(kind);
-    let runs = Runs::new(job.blocks, columns.threads / 32, columns.rows, cuda.properties().multiprocessors);
+    let runs = Runs::new(
+        job.blocks,
+        RESIDENT_WARPS,
+        columns.threads / 32,
+        columns.rows,
+        cuda.properties().multiprocessors,
+    );
     let partial = runs.partial_sums(job.z.device(), if branch.is_some() { 3 } else { 2 })?;
     let bias_partial = bias_partial_of(runs.count())?;
     let (gated, biased, direct) = (branch.is_some(), branch_bias.is_some(), job.sum_gradient.is_some());

@@ -148,7 +148,7 @@ __device__ __forceinline__ void make_probabilities(
         for (int i = 0; i < 4; i++) {
             const int key = first_key + n * 8 + threadIdx.x % 4 * 2 + i % 2;
             if (HAS_BIAS) s[n][i] = s[n][i] * log2_scale + bias_at(a, b, h, row + i / 2 * 8, key);
-            s[n][i] = exp2_fast(s[n][i] * (HAS_BIAS ? 1.0f : log2_scale) - log_sum[i / 2]);
+            s[n][i] = exp2_of(s[n][i] * (HAS_BIAS ? 1.0f : log2_scale) - log_sum[i / 2]);
         }
     const u32 visible = visible_keys(a, b, first_key);
     if (visible == ~0u) return;

@@ -53,12 +53,6 @@ struct Arguments {
     int parts;
 };
 
-__device__ __forceinline__ float exp2_fast(float value) {
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
-    return power;
-}
-
 /// Strides are 64-bit: a batch of long sequences has more than 2^31 elements.
 __device__ __forceinline__ element *head_of(const Rows &rows, int b, int h) {
     return rows.data + b * rows.batch + h * rows.head;

@@ -187,7 +187,7 @@ __device__ __forceinline__ void make_probabilities(
 #pragma unroll
         for (int m = 0; m < M_TILES; m++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) s[m][n][i] = exp2_fast(s[m][n][i] * factor - columns.log_sum[n][i % 2]);
+            for (int i = 0; i < 4; i++) s[m][n][i] = exp2_of(s[m][n][i] * factor - columns.log_sum[n][i % 2]);
     if (!at.all_visible) hide_keys(s, at);
 }
 

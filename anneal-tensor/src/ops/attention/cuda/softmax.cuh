@@ -68,13 +68,13 @@ __device__ __forceinline__ void softmax_block(RowState &state, float (&s)[M_TILE
             largest = row_maximum(largest);
             // A row that has seen no key yet must not subtract infinities.
             const float base = largest == NEGATIVE_INFINITY ? 0.0f : largest * factor;
-            const float shrink = exp2_fast(state.maximum[m][i] * factor - base);
+            const float shrink = exp2_of(state.maximum[m][i] * factor - base);
             float sum = state.sum[m][i] * shrink;
 #pragma unroll
             for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
                 for (int j = 2 * i; j < 2 * i + 2; j++) {
-                    s[m][n][j] = exp2_fast(s[m][n][j] * factor - base);
+                    s[m][n][j] = exp2_of(s[m][n][j] * factor - base);
                     sum += s[m][n][j];
                 }
             state.maximum[m][i] = largest;
