@@ -74,6 +74,45 @@ fn shapes_that_contradict_each_other_are_both_named() {
         .fails(&["cpu:999999 asks for too many threads: at most 1024"]);
 }
 
+/// What is used for what shows where to save.
+#[test]
+fn a_memory_limit_stops_a_run_with_a_table_by_purpose() {
+    let folder = Folder::new();
+    for command in [&["train", "tiny.yaml", "--quiet"][..], &["bench", "forward"], &["quickstart"]] {
+        let stopped = folder.anneal(&[command, &["--memory-limit", "100KiB"]].concat());
+        let stopped = stopped.fails(&["the memory limit is reached"]);
+        for row in ["memory ", "weights ", "gradients ", "optimizer ", "activations ", "workspace ", "sum "] {
+            assert!(
+                stopped.err.lines().any(|line| line.starts_with(row)),
+                "{row} is missing in {stopped:#?}"
+            );
+        }
+    }
+}
+
+/// Else the next command would take an empty folder for a run.
+#[test]
+fn a_start_that_fails_leaves_no_folder() {
+    let folder = Folder::new();
+    let starts: [(&[&str], &str); 5] = [
+        (&["data.kind=npz", "data.path=nowhere"], "no such file or folder"),
+        (&["device=gpu"], "unknown device"),
+        (&["device=cuda:99"], "no CUDA device can be used"),
+        (&["memory_limit=100KiB"], "bytes of optimizer on cpu"),
+        (&["memory_limit=200KiB"], "bytes of activations on cpu"),
+    ];
+    for (changes, words) in starts {
+        folder.train("runs/deep/run", changes).fails(&[words]);
+        assert_eq!(folder.names("."), ["tiny.yaml"], "{changes:?}");
+    }
+    folder.write("run/note", b"mine");
+    folder.train("run", &["memory_limit=200KiB"]).fails(&["bytes of activations"]);
+    assert_eq!(folder.read("run/note"), b"mine");
+    let diverged = ["optim.lr=1e30", "train.nonfinite_limit=1", "train.checkpoint.every=100"];
+    folder.train("diverged", &diverged).fails(&["training has diverged"]);
+    assert_eq!(folder.text("diverged/metrics.jsonl").lines().count(), 2, "what was trained stays");
+}
+
 #[test]
 fn impossible_samples_are_refused_before_any_work() {
     let folder = Folder::new();
