@@ -127,6 +127,13 @@ fn impossible_samples_are_refused_before_any_work() {
     sample(&["--ema", "0.5"]).fails(&["this run keeps the averages [0.9]"]);
     sample(&["--guidance-mode", "intervall:0:1"]).fails(&["unknown guidance mode", "interval:LOW:HIGH"]);
     sample(&["--sampler", "flow_euler"]).fails(&["flow_euler", "flow matching"]);
+    sample(&["--eta", "0.5", "--sampler", "heun"])
+        .fails(&["--eta does not apply to the sampler heun: it is for ddim alone"]);
+    sample(&["--shift", "3"])
+        .fails(&["--shift does not apply to the sampler ddim: it is for flow_euler alone"]);
+    folder.anneal(&["convert", "run", "dit.safetensors", "--to", "original"]).succeeds(&[]);
+    let average = "--ema does not apply to dit.safetensors: only runs and checkpoints keep averages";
+    folder.anneal(&["sample", "dit.safetensors", "--ema", "0.9"]).fails(&[average]);
     sample(&["--device", "gpu"]).fails(&["unknown device 'gpu'"]);
     sample(&["--latents", "nowhere.npz"]).fails(&["nowhere.npz"]);
     assert!(folder.names("samples.png").is_empty() && !folder.path("samples.png").exists());
