@@ -212,6 +212,12 @@ fn every_measurement_ends_in_numbers() {
         assert!(outcome.out.chars().any(|letter| letter.is_ascii_digit()));
         json(&outcome);
     }
+    let table = format!("bench step {model} --steps 2");
+    let table = folder.anneal(&table.split(' ').collect::<Vec<_>>());
+    let table = table.succeeds(&["images/s", "FLOP/s, 743.4 kFLOP a run", "  activations", "memory held"]);
+    assert!(!table.out.contains(['{', '_']), "names and units for people: {table:#?}");
+    let digits = |word: &str| word.chars().filter(char::is_ascii_digit).count();
+    assert!(table.out.split_whitespace().all(|word| digits(word) <= 6), "figures are rounded: {table:#?}");
     let data = folder.anneal(&["bench", "data", "tiny.yaml", "--batches", "3", "--json"]).succeeds(&[]);
     json(&data);
     folder.anneal(&["bench", "step", "--model", "DiT-Q/3"]).fails(&["DiT-Q/3"]);
