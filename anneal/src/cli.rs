@@ -80,7 +80,8 @@ pub struct Train {
     pub recipe: PathBuf,
     #[command(flatten)]
     pub run: RunArguments,
-    /// Print the plan (model, data, memory, steps) and stop before training
+    /// Print the plan (model, data, memory, steps) and stop before training; data and GPU may be another
+    /// machine's, which is warned of
     #[arg(long)]
     pub plan: bool,
 }
