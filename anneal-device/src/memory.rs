@@ -129,11 +129,10 @@ impl Allocator {
     pub(crate) fn allocate(self: &Arc<Self>, bytes: usize, purpose: Purpose) -> Result<Buffer, DeviceError> {
         let wanted = round_up(bytes);
         let mut state = self.lock();
-        let in_use = state.statistics.total();
-        if self.limit.is_some_and(|limit| in_use + wanted > limit) {
+        if self.limit.is_some_and(|limit| state.statistics.total() + wanted > limit) {
             let hint =
                 "; the memory limit is reached: raise it, or use a smaller batch or activation checkpointing";
-            return Err(self.out_of_memory(wanted, purpose, in_use, hint));
+            return Err(self.out_of_memory(&state.statistics, wanted, purpose, hint));
         }
         let found = state
             .free
@@ -143,7 +142,7 @@ impl Allocator {
             Some(found) => found,
             None => {
                 let pointer = system_allocate(wanted).ok_or_else(|| {
-                    self.out_of_memory(wanted, purpose, in_use, "; the machine has no more")
+                    self.out_of_memory(&state.statistics, wanted, purpose, "; the machine has no more")
                 })?;
                 state.statistics.reserved += wanted;
                 state.statistics.cache_misses += 1;
@@ -155,13 +154,19 @@ impl Allocator {
         Ok(Buffer { pointer, size, bytes, purpose, owner: self.clone() })
     }
 
-    fn out_of_memory(&self, bytes: usize, purpose: Purpose, in_use: usize, hint: &str) -> DeviceError {
+    fn out_of_memory(
+        &self,
+        statistics: &MemoryStatistics,
+        bytes: usize,
+        purpose: Purpose,
+        hint: &str,
+    ) -> DeviceError {
         DeviceError::OutOfMemory {
             device: self.device.clone(),
             bytes,
             purpose: purpose.name(),
-            in_use,
-            hint: hint.into(),
+            in_use: statistics.total(),
+            hint: format!("{hint}\n{statistics}"),
         }
     }
 
@@ -266,7 +271,9 @@ mod tests {
         (0..10).for_each(|_| step());
         assert_eq!(allocator.statistics().cache_misses, misses);
         assert_eq!(allocator.statistics().total(), 0);
-        let error = allocator.allocate(65 << 20, Purpose::Weights).err().unwrap();
-        assert!(error.to_string().contains("weights"), "{error}");
+        let error = allocator.allocate(65 << 20, Purpose::Weights).err().unwrap().to_string();
+        assert!(error.contains("bytes of weights on cpu"), "{error}");
+        let table = allocator.statistics().to_string();
+        assert!(error.ends_with(&table) && table.contains("activations"), "{error}");
     }
 }

@@ -8,6 +8,7 @@
 pub mod checkpoint;
 pub mod data;
 mod error;
+mod made_folder;
 mod outcomes;
 pub mod plan;
 pub mod report;

@@ -8,7 +8,7 @@ use anneal_recipe::{Model, Recipe};
 use anneal_tensor::DType;
 
 use crate::data::DataSummary;
-use crate::error::Result;
+use crate::error::{Result, TrainError};
 use crate::report::summary::{self, Align, Table};
 use crate::settings;
 
@@ -35,8 +35,13 @@ pub struct PredictedMemory {
 }
 
 impl PredictedMemory {
+    /// What lasts for the whole run: it is known exactly.
+    fn lasting(&self) -> usize {
+        self.weights + self.gradients + self.optimizer
+    }
+
     pub fn total(&self) -> usize {
-        self.weights + self.gradients + self.optimizer + self.activations
+        self.lasting() + self.activations
     }
 }
 
@@ -74,6 +79,30 @@ impl Plan {
     /// The same, with what is known of the data.
     pub fn with_data(self, data: DataSummary) -> Self {
         Self { data: Some(data), ..self }
+    }
+
+    /// Compares the recipe's memory limit with the prediction. A warning if it lies below the sum, of which a part is an
+    /// estimate.
+    ///
+    /// # Errors
+    /// If it lies below what is known exactly, so that training cannot begin.
+    pub fn check_limit(&self) -> Result<Option<String>> {
+        let Some(limit) = self.recipe.memory_limit.filter(|limit| limit.bytes() < self.memory.total()) else {
+            return Ok(None);
+        };
+        let bytes = |count: usize| summary::bytes(count as u64);
+        let lasting = self.memory.lasting();
+        if limit.bytes() < lasting {
+            let message = format!(
+                "the memory limit of {limit} lies below the {} of weights, gradients, optimizer and averages: raise it, or choose a smaller model or fewer ema.rates",
+                bytes(lasting)
+            );
+            return Err(TrainError::Settings { message });
+        }
+        Ok(Some(format!(
+            "the memory limit of {limit} lies below the predicted sum of {}: raise it, or use a smaller batch, train.accumulate, or model.checkpoint_activations=true",
+            bytes(self.memory.total())
+        )))
     }
 
     fn model_line(&self) -> String {

@@ -14,6 +14,7 @@ use anneal_recipe::Recipe;
 
 use crate::checkpoint::RunLock;
 use crate::error::{Result, TrainError};
+use crate::made_folder::MadeFolder;
 use crate::plan::Plan;
 use crate::report::grid::{self, GridOptions};
 use crate::report::metrics::{MetricsLog, StepMetrics, curves};
@@ -85,22 +86,22 @@ pub enum SamplesReport {
 /// Trains a recipe to its end, from the run folder's newest whole checkpoint if there is one.
 ///
 /// # Errors
-/// Anything that stops training; the newest checkpoint stays whole.
+/// Anything that stops training; the newest checkpoint stays whole. A folder that was made for a run of which no step
+/// was done is removed again.
 pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<RunReport> {
-    let folder = recipe.output.clone();
-    std::fs::create_dir_all(&folder)
-        .map_err(anneal_weights::FileError::on("make the run folder", &folder))?;
-    let lock = RunLock::acquire(&folder)?;
-    let mut trainer = Trainer::new(recipe)?;
-    let mut warnings: Vec<String> = lock.warning().map(str::to_owned).into_iter().collect();
-    warnings.extend(state::resume(&mut trainer, &folder, options.changed_recipe)?);
-    warnings.extend(trainer.data().warning());
-    let mut run = Run::open(trainer, lock, folder, options)?;
-    for warning in warnings {
-        run.progress.screen().suspend(|| eprintln!("warning: {warning}"));
+    let made = MadeFolder::make(&recipe.output)?;
+    let lock = RunLock::acquire(&recipe.output)?;
+    let mut trained = false;
+    let result = Run::start(recipe, lock.clone(), options).and_then(|mut run| {
+        let result = run.train();
+        trained = run.last.is_some();
+        result.map(|()| run.finish())
+    });
+    // If a newer start has taken over, the folder is its own.
+    if result.is_err() && !trained && lock.check().is_ok() {
+        made.remove();
     }
-    run.train()?;
-    Ok(run.finish())
+    result
 }
 
 struct Run<'a> {
@@ -122,15 +123,31 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
+    fn start(recipe: &Recipe, lock: RunLock, options: &'a RunOptions<'a>) -> Result<Self> {
+        let folder = recipe.output.clone();
+        let mut trainer = Trainer::new(recipe)?;
+        let mut warnings: Vec<String> = lock.warning().map(str::to_owned).into_iter().collect();
+        warnings.extend(state::resume(&mut trainer, &folder, options.changed_recipe)?);
+        warnings.extend(trainer.data().warning());
+        let run = Self::open(trainer, lock, folder, options)?;
+        for warning in warnings {
+            run.progress.screen().suspend(|| eprintln!("warning: {warning}"));
+        }
+        Ok(run)
+    }
+
     fn open(trainer: Trainer, lock: RunLock, folder: PathBuf, options: &'a RunOptions<'a>) -> Result<Self> {
         let step = trainer.steps_done();
         let recipe = trainer.recipe().clone();
         let yaml = recipe.to_yaml();
-        anneal_weights::write_atomic(&folder.join("recipe.yaml"), yaml.as_bytes())?;
         let plan = Plan::new(&recipe)?.with_data(trainer.data()).to_string();
-        anneal_weights::write_atomic(&folder.join("plan.txt"), plan.as_bytes())?;
-        let (metrics, _) = MetricsLog::open(&folder.join("metrics.jsonl"), step)?;
         let (steps, draw_every) = (recipe.train.steps as u64, recipe.sample.every as u64);
+        // Where nothing is left to do, other settings would tell of work that was not done with them.
+        if step < steps || lacks_samples(&folder, &recipe, step) || !recipe_path(&folder).exists() {
+            anneal_weights::write_atomic(&recipe_path(&folder), yaml.as_bytes())?;
+            anneal_weights::write_atomic(&folder.join("plan.txt"), plan.as_bytes())?;
+        }
+        let (metrics, _) = MetricsLog::open(&folder.join("metrics.jsonl"), step)?;
         let mut events = (step < steps).then(|| EventWriter::create(&folder, step)).transpose()?;
         if let Some(events) = &mut events {
             events.text(step, "recipe", &verbatim(&yaml))?;
@@ -163,7 +180,7 @@ impl<'a> Run<'a> {
     fn train(&mut self) -> Result<()> {
         let recipe = self.trainer.recipe().clone();
         let total = recipe.train.steps as u64;
-        if self.lacks_samples() {
+        if lacks_samples(&self.folder, &recipe, self.first_step) {
             self.samples = SamplesReport::MadeUp;
             self.draw()?;
         }
@@ -188,18 +205,6 @@ impl<'a> Run<'a> {
             self.draw()?;
         }
         Ok(())
-    }
-
-    /// Whether an earlier start ended before it had drawn the samples of the step that this one goes on from.
-    fn lacks_samples(&self) -> bool {
-        let (step, recipe) = (self.first_step, self.trainer.recipe());
-        let every = recipe.sample.every;
-        let due = is_due(step, every) || every > 0 && step == recipe.train.steps as u64;
-        step > 0 && due && !self.samples_file(step).exists()
-    }
-
-    fn samples_file(&self, step: u64) -> PathBuf {
-        self.folder.join("samples").join(format!("step-{step:08}.png"))
     }
 
     /// Waits for the steps that are under way.
@@ -348,7 +353,7 @@ impl<'a> Run<'a> {
             progress.screen().suspend(|| eprintln!("warning: {warning}"));
         }
         let picture = picture(&images)?;
-        let file = self.samples_file(step);
+        let file = samples_file(&self.folder, step);
         let samples = file.parent().expect("it lies in a folder");
         std::fs::create_dir_all(samples)
             .map_err(anneal_weights::FileError::on("make the folder", samples))?;
@@ -381,6 +386,17 @@ impl<'a> Run<'a> {
 
 fn is_due(step: u64, every: usize) -> bool {
     every > 0 && step.is_multiple_of(every as u64)
+}
+
+/// Whether an earlier start ended before it had drawn the samples of the step that this one goes on from.
+fn lacks_samples(folder: &Path, recipe: &Recipe, step: u64) -> bool {
+    let every = recipe.sample.every;
+    let due = is_due(step, every) || every > 0 && step == recipe.train.steps as u64;
+    step > 0 && due && !samples_file(folder, step).exists()
+}
+
+fn samples_file(folder: &Path, step: u64) -> PathBuf {
+    folder.join("samples").join(format!("step-{step:08}.png"))
 }
 
 /// The average that samples are drawn from: the recipe's choice, else the first, else none.

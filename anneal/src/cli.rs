@@ -80,7 +80,8 @@ pub struct Train {
     pub recipe: PathBuf,
     #[command(flatten)]
     pub run: RunArguments,
-    /// Print the plan (model, data, memory, steps) and stop before training
+    /// Print the plan (model, data, memory, steps) and stop before training; data and GPU may be another
+    /// machine's, which is warned of
     #[arg(long)]
     pub plan: bool,
 }
@@ -130,7 +131,7 @@ pub struct Resume {
 ///
 /// The ending of --out decides the form: `.png` one picture with all samples, `.npz` arrays as the
 /// ADM evaluator reads them (`arr_0` u8 [N, H, W, C], `arr_1` labels; latents as f32 [N, C, H, W]),
-/// no ending a folder of single pictures. A sample depends on its seed and class alone, not on
+/// no ending a folder of single pictures, which must be empty or new. A sample depends on its seed and class alone, not on
 /// how many are drawn together: sample i has seed --seed + i.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -164,13 +165,13 @@ pub struct Sample {
     /// all, first_three, interval:LOW:HIGH, or power_cosine:POWER [default: the recipe's]
     #[arg(long)]
     pub guidance_mode: Option<String>,
-    /// Noise of ddim between 0 (none) and 1 (as ddpm)
+    /// Noise of ddim between 0 (none) and 1 (as ddpm); for no other sampler
     #[arg(long)]
     pub eta: Option<f64>,
-    /// Shift of the times of flow_euler
+    /// Shift of the times of flow_euler; for no other sampler
     #[arg(long)]
     pub shift: Option<f64>,
-    /// Which average of the weights: a rate such as 0.999, or `none` for the raw weights
+    /// Which average of a run's weights: a rate such as 0.999, or `none` for the raw weights
     /// [default: the recipe's first]
     #[arg(long)]
     pub ema: Option<String>,
@@ -186,6 +187,9 @@ pub struct Sample {
     /// Where to write [default: samples.png]
     #[arg(long, short)]
     pub out: Option<PathBuf>,
+    /// Replace the samples that are in the folder --out; a .png or .npz is always replaced
+    #[arg(long)]
+    pub overwrite: bool,
     /// Attention heads, for weights that are no preset and do not say
     #[arg(long)]
     pub heads: Option<usize>,

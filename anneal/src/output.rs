@@ -1,5 +1,6 @@
 //! Samples to files; the ending of the name decides the form.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use anneal_data::npz::{self, Array, Values};
@@ -24,14 +25,42 @@ pub fn write(samples: &Samples, out: &Path, caption: &str) -> Result<()> {
     }
 }
 
-/// Whether `write` will know what to do with a name, before the samples are drawn.
-pub fn check(out: &Path) -> Result<()> {
+/// Whether `write` will know what to do with a name, before the samples are drawn. A folder must be empty, unless
+/// `overwrite`: old pictures beside new ones would pass for a part of them.
+pub fn check(out: &Path, overwrite: bool) -> Result<()> {
     match out.extension().and_then(|ending| ending.to_str()) {
-        None | Some("png" | "npz") => Ok(()),
+        Some("png" | "npz") => Ok(()),
+        None if !overwrite && !names(out)?.is_empty() => {
+            bail!(
+                "--out {}: the folder is not empty; choose another, or add --overwrite to replace the samples in it",
+                out.display()
+            )
+        }
+        None => Ok(()),
         Some(ending) => {
             bail!("--out {}: write .png, .npz, or a folder without an ending, not .{ending}", out.display())
         }
     }
+}
+
+/// What lies in a folder; nothing if it is not there.
+fn names(folder: &Path) -> Result<Vec<String>> {
+    let entries = match std::fs::read_dir(folder) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.with_context(|| format!("--out {}: cannot read the folder", folder.display()))?,
+    };
+    entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+}
+
+fn single_name(index: usize, label: i64) -> String {
+    format!("{index:06}-class-{label}.png")
+}
+
+/// Whether a name is one that [`single_name`] makes.
+fn is_single(name: &str) -> bool {
+    let parts = name.strip_suffix(".png").and_then(|name| name.split_once("-class-"));
+    let numbers = parts.and_then(|(index, label)| Some((index.parse().ok()?, label.parse().ok()?)));
+    numbers.is_some_and(|(index, label)| single_name(index, label) == name)
 }
 
 fn batch(samples: &Samples) -> Batch<'_> {
@@ -45,10 +74,15 @@ fn write_grid(samples: &Samples, out: &Path, caption: &str) -> Result<()> {
     Ok(())
 }
 
+/// Pictures of an earlier call go, those that have no successor too.
 fn write_singles(samples: &Samples, out: &Path, caption: &str) -> Result<()> {
     std::fs::create_dir_all(out).with_context(|| format!("cannot make the folder {}", out.display()))?;
+    for old in names(out)?.iter().filter(|name| is_single(name)) {
+        let old = out.join(old);
+        std::fs::remove_file(&old).with_context(|| format!("cannot remove {}", old.display()))?;
+    }
     for (index, picture) in grid::singles(&batch(samples))?.into_iter().enumerate() {
-        let name = format!("{index:06}-class-{}.png", samples.labels[index]);
+        let name = single_name(index, samples.labels[index]);
         picture.with_text("parameters", caption).write_png(&out.join(name))?;
     }
     Ok(())

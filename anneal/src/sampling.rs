@@ -83,9 +83,14 @@ impl SamplingSettings {
 
     /// The words of a picture's record.
     pub fn caption(&self) -> String {
-        let name = serde_json::to_value(self.sampler).ok().and_then(|name| Some(name.as_str()?.to_owned()));
-        format!("sampler {}, {} steps, guidance {}", name.unwrap_or_default(), self.steps, self.guidance)
+        format!("sampler {}, {} steps, guidance {}", sampler_name(self.sampler), self.steps, self.guidance)
     }
+}
+
+/// A sampler's name in recipes.
+pub fn sampler_name(sampler: Sampler) -> String {
+    let name = serde_json::to_value(sampler).ok().and_then(|name| Some(name.as_str()?.to_owned()));
+    name.expect("a sampler is written as its name")
 }
 
 /// A sampler by its name in recipes.

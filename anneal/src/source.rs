@@ -93,6 +93,12 @@ pub fn identify(path: &Path) -> Result<(Kind, Vec<String>)> {
 /// Opens whatever a path names.
 pub fn open(path: &Path, opening: &Opening) -> Result<Source> {
     let (kind, warnings) = identify(path)?;
+    if opening.ema.is_some() && !matches!(kind, Kind::Checkpoint(_)) {
+        bail!(
+            "--ema does not apply to {}: only runs and checkpoints keep averages beside their weights",
+            path.display()
+        );
+    }
     let mut source = match kind {
         Kind::Checkpoint(checkpoint) => open_checkpoint(&checkpoint, opening)?,
         Kind::Weights(path) => open_weights(&path, opening)?,

@@ -34,7 +34,7 @@ pub struct Drawing {
 
 pub fn sample(arguments: &Sample) -> Result<ExitCode> {
     let out = arguments.out.clone().unwrap_or_else(|| PathBuf::from("samples.png"));
-    output::check(&out)?;
+    output::check(&out, arguments.overwrite)?;
     let device = Device::parse(&arguments.device, arguments.memory_limit.map(ByteSize::bytes))?;
     let opening = Opening {
         ema: arguments.ema.as_deref(),
@@ -146,9 +146,24 @@ fn settings(arguments: &Sample, source: &Source) -> Result<SamplingSettings> {
     }
     settings.steps = arguments.steps.unwrap_or(settings.steps);
     settings.guidance = arguments.guidance.unwrap_or(settings.guidance);
-    settings.eta = arguments.eta.unwrap_or(settings.eta);
-    settings.shift = arguments.shift.unwrap_or(settings.shift);
+    settings.eta = of_sampler("--eta", arguments.eta, Sampler::Ddim, &settings)?.unwrap_or(settings.eta);
+    settings.shift =
+        of_sampler("--shift", arguments.shift, Sampler::FlowEuler, &settings)?.unwrap_or(settings.shift);
     Ok(settings)
+}
+
+/// The value of a flag that is for one sampler alone.
+fn of_sampler(
+    flag: &str,
+    value: Option<f64>,
+    only: Sampler,
+    settings: &SamplingSettings,
+) -> Result<Option<f64>> {
+    if value.is_some() && settings.sampler != only {
+        let [chosen, only] = [settings.sampler, only].map(sampling::sampler_name);
+        bail!("{flag} does not apply to the sampler {chosen}: it is for {only} alone");
+    }
+    Ok(value)
 }
 
 type Latents = (Option<Vec<f32>>, Option<Vec<i64>>);

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use anneal_data::DataError;
 use anneal_models::dit::Dit;
 use anneal_recipe::Recipe;
+use anneal_tensor::DeviceError;
 use anneal_train::TrainError;
 use anneal_train::data::DataSummary;
 use anneal_train::plan::Plan;
@@ -51,7 +52,7 @@ fn on_device(device: &str) -> String {
     format!("device={}", serde_json::Value::from(device))
 }
 
-/// Says what would be trained; fails where training would, except that the data may be elsewhere.
+/// Says what would be trained; fails where training would, except that data and GPU may be those of another machine.
 fn plan(recipe: &Recipe) -> Result<ExitCode> {
     let plan = Plan::new(recipe)?;
     let (plan, result) = match DataSummary::open(recipe) {
@@ -60,10 +61,22 @@ fn plan(recipe: &Recipe) -> Result<ExitCode> {
         Err(error) => (plan, Err(error)),
     };
     print!("{plan}");
-    for warning in result? {
+    let warnings = [no_such_gpu(recipe)?, plan.check_limit()?].into_iter().flatten();
+    for warning in warnings.chain(result?) {
         eprintln!("warning: {warning}");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A warning if the recipe's device is a GPU that cannot be used here; an error if it is no device anywhere.
+fn no_such_gpu(recipe: &Recipe) -> Result<Option<String>> {
+    match settings::device(recipe) {
+        Ok(_) => Ok(None),
+        Err(TrainError::Device(error @ (DeviceError::NoCuda { .. } | DeviceError::NoLibrary { .. }))) => {
+            Ok(Some(format!("{} is not on this machine: {error}", recipe.device)))
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 pub fn resume(arguments: &Resume) -> Result<ExitCode> {

@@ -74,6 +74,45 @@ fn shapes_that_contradict_each_other_are_both_named() {
         .fails(&["cpu:999999 asks for too many threads: at most 1024"]);
 }
 
+/// What is used for what shows where to save.
+#[test]
+fn a_memory_limit_stops_a_run_with_a_table_by_purpose() {
+    let folder = Folder::new();
+    for command in [&["train", "tiny.yaml", "--quiet"][..], &["bench", "forward"], &["quickstart"]] {
+        let stopped = folder.anneal(&[command, &["--memory-limit", "100KiB"]].concat());
+        let stopped = stopped.fails(&["the memory limit is reached"]);
+        for row in ["memory ", "weights ", "gradients ", "optimizer ", "activations ", "workspace ", "sum "] {
+            assert!(
+                stopped.err.lines().any(|line| line.starts_with(row)),
+                "{row} is missing in {stopped:#?}"
+            );
+        }
+    }
+}
+
+/// Else the next command would take an empty folder for a run.
+#[test]
+fn a_start_that_fails_leaves_no_folder() {
+    let folder = Folder::new();
+    let starts: [(&[&str], &str); 5] = [
+        (&["data.kind=npz", "data.path=nowhere"], "no such file or folder"),
+        (&["device=gpu"], "unknown device"),
+        (&["device=cuda:99"], "no CUDA device can be used"),
+        (&["memory_limit=100KiB"], "bytes of optimizer on cpu"),
+        (&["memory_limit=200KiB"], "bytes of activations on cpu"),
+    ];
+    for (changes, words) in starts {
+        folder.train("runs/deep/run", changes).fails(&[words]);
+        assert_eq!(folder.names("."), ["tiny.yaml"], "{changes:?}");
+    }
+    folder.write("run/note", b"mine");
+    folder.train("run", &["memory_limit=200KiB"]).fails(&["bytes of activations"]);
+    assert_eq!(folder.read("run/note"), b"mine");
+    let diverged = ["optim.lr=1e30", "train.nonfinite_limit=1", "train.checkpoint.every=100"];
+    folder.train("diverged", &diverged).fails(&["training has diverged"]);
+    assert_eq!(folder.text("diverged/metrics.jsonl").lines().count(), 2, "what was trained stays");
+}
+
 #[test]
 fn impossible_samples_are_refused_before_any_work() {
     let folder = Folder::new();
@@ -88,6 +127,13 @@ fn impossible_samples_are_refused_before_any_work() {
     sample(&["--ema", "0.5"]).fails(&["this run keeps the averages [0.9]"]);
     sample(&["--guidance-mode", "intervall:0:1"]).fails(&["unknown guidance mode", "interval:LOW:HIGH"]);
     sample(&["--sampler", "flow_euler"]).fails(&["flow_euler", "flow matching"]);
+    sample(&["--eta", "0.5", "--sampler", "heun"])
+        .fails(&["--eta does not apply to the sampler heun: it is for ddim alone"]);
+    sample(&["--shift", "3"])
+        .fails(&["--shift does not apply to the sampler ddim: it is for flow_euler alone"]);
+    folder.anneal(&["convert", "run", "dit.safetensors", "--to", "original"]).succeeds(&[]);
+    let average = "--ema does not apply to dit.safetensors: only runs and checkpoints keep averages";
+    folder.anneal(&["sample", "dit.safetensors", "--ema", "0.9"]).fails(&[average]);
     sample(&["--device", "gpu"]).fails(&["unknown device 'gpu'"]);
     sample(&["--latents", "nowhere.npz"]).fails(&["nowhere.npz"]);
     assert!(folder.names("samples.png").is_empty() && !folder.path("samples.png").exists());

@@ -122,6 +122,26 @@ fn the_shipped_recipes_make_plans() {
     assert_eq!(folder.names("."), ["tiny.yaml"], "a plan writes nothing");
 }
 
+/// Data and GPU may be another machine's; a name of no device and a limit that is too low are wrong on every one.
+#[test]
+fn a_plan_says_what_would_stop_training() {
+    let folder = Folder::new();
+    let plan = |flags: &[&str]| folder.anneal(&[&["train", "tiny.yaml", "--plan"], flags].concat());
+    let fitting = plan(&["--device", "cpu:2", "--memory-limit", "1GiB"]).succeeds(&["predicted memory"]);
+    assert_eq!(fitting.err, "");
+    plan(&["--device", "gpu"]).fails(&["predicted memory", "unknown device 'gpu'"]);
+    plan(&["--device", "cpu:999999"]).fails(&["cpu:999999 asks for too many threads"]);
+    let absent = plan(&["--device", "cuda:99"]).succeeds(&["predicted memory"]);
+    assert!(absent.err.starts_with("warning: cuda:99 is not on this machine: "), "{absent:#?}");
+    let known =
+        "the memory limit of 100KiB lies below the 198.5 KiB of weights, gradients, optimizer and averages";
+    plan(&["--memory-limit", "100KiB"]).fails(&["predicted memory", known]);
+    let estimated = plan(&["memory_limit=300KiB"]).succeeds(&["predicted memory"]);
+    let warning = "warning: the memory limit of 300KiB lies below the predicted sum of 388.5 KiB: raise it, ";
+    assert!(estimated.err.starts_with(warning) && estimated.err.lines().count() == 1, "{estimated:#?}");
+    assert_eq!(folder.names("."), ["tiny.yaml"], "a plan writes nothing");
+}
+
 #[test]
 fn a_run_folder_holds_what_the_manual_says() {
     let folder = Folder::new();
@@ -212,6 +232,12 @@ fn every_measurement_ends_in_numbers() {
         assert!(outcome.out.chars().any(|letter| letter.is_ascii_digit()));
         json(&outcome);
     }
+    let table = format!("bench step {model} --steps 2");
+    let table = folder.anneal(&table.split(' ').collect::<Vec<_>>());
+    let table = table.succeeds(&["images/s", "FLOP/s, 743.4 kFLOP a run", "  activations", "memory held"]);
+    assert!(!table.out.contains(['{', '_']), "names and units for people: {table:#?}");
+    let digits = |word: &str| word.chars().filter(char::is_ascii_digit).count();
+    assert!(table.out.split_whitespace().all(|word| digits(word) <= 6), "figures are rounded: {table:#?}");
     let data = folder.anneal(&["bench", "data", "tiny.yaml", "--batches", "3", "--json"]).succeeds(&[]);
     json(&data);
     folder.anneal(&["bench", "step", "--model", "DiT-Q/3"]).fails(&["DiT-Q/3"]);

@@ -176,11 +176,23 @@ fn a_complete_run_is_left_as_it_is() {
     let folder = Folder::new();
     folder.train("run", &[]).succeeds(&[]);
     let (names, metrics) = (folder.names("run"), folder.text("run/metrics.jsonl"));
+    let (recipe, plan) = (folder.text("run/recipe.yaml"), folder.text("run/plan.txt"));
     assert!(names.iter().any(|name| name.starts_with("events.out.tfevents.")), "{names:?}");
-    for command in [&["train", "tiny.yaml", "output=run"][..], &["resume", "run"]] {
+    let commands: [&[&str]; 4] = [
+        &["train", "tiny.yaml", "output=run"],
+        &["resume", "run"],
+        &["train", "tiny.yaml", "output=run", "--device", "cpu:2"],
+        &["resume", "run", "--device", "cpu:2", "--memory-limit", "1GiB"],
+    ];
+    for command in commands {
         let again = folder.anneal(command).succeeds(&["already complete at step 6; nothing to do"]);
         assert!(!again.err.contains("continuing"), "{again:#?}");
         assert_eq!((folder.names("run"), folder.text("run/metrics.jsonl")), (names.clone(), metrics.clone()));
+        assert_eq!(
+            (folder.text("run/recipe.yaml"), folder.text("run/plan.txt")),
+            (recipe.clone(), plan.clone()),
+            "no device is kept that nothing was done on: {command:?}"
+        );
     }
 }
 

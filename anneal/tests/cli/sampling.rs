@@ -88,6 +88,28 @@ fn a_grid_and_a_folder_of_single_pictures() {
 }
 
 #[test]
+fn samples_are_not_mixed_with_what_a_folder_holds() {
+    let folder = trained();
+    let into = |flags: &[&str]| folder.anneal(&[&["sample", "run", "--out", "many"], flags].concat());
+    std::fs::create_dir(folder.path("many")).unwrap();
+    into(&["--num", "3"]).succeeds(&["3 samples"]);
+    let all = ["000000-class-0.png", "000001-class-1.png", "000002-class-2.png"];
+    assert_eq!(folder.names("many"), all);
+    into(&["--num", "1", "--class", "7"]).fails(&["--out many: the folder is not empty", "--overwrite"]);
+    assert_eq!(folder.names("many"), all);
+    for mine in ["mine.png", "1-class-2.png"] {
+        folder.write(&format!("many/{mine}"), b"mine");
+    }
+    into(&["--num", "1", "--class", "7", "--overwrite"]).succeeds(&["1 samples"]);
+    assert_eq!(folder.names("many"), ["000000-class-7.png", "1-class-2.png", "mine.png"]);
+    folder.write("file", b"mine");
+    folder.anneal(&["sample", "run", "--out", "file"]).fails(&["--out file"]);
+    for _ in 0..2 {
+        folder.anneal(&["sample", "run", "--num", "2", "--out", "grid.png"]).succeeds(&["grid.png"]);
+    }
+}
+
+#[test]
 fn every_sampler_and_guidance_draws() {
     let folder = trained();
     let two = ["--num", "2", "--class", "1,2", "--steps", "5"];
@@ -101,6 +123,8 @@ fn every_sampler_and_guidance_draws() {
         let guided = ["--guidance", "4", "--guidance-mode", mode];
         assert_ne!(sample(&folder, "s.npz", &[&two[..], &guided].concat()).1, plain, "{mode}");
     }
+    let noisy = [&two[..], &["--sampler", "ddim", "--eta", "1"]].concat();
+    assert_ne!(sample(&folder, "s.npz", &noisy).1, sample(&folder, "t.npz", &two).1, "ddim with noise");
     let (_, raw) = sample(&folder, "s.npz", &[&two[..], &["--ema", "none", "--guidance", "1"]].concat());
     assert_ne!(raw, plain, "the raw weights against their average");
 }

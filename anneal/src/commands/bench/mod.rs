@@ -93,16 +93,26 @@ impl Measured {
         table.row(["median".to_owned(), format!("{median_ms:.2} ms")]);
         let (low, high) = (spread(f64::min, f64::INFINITY), spread(f64::max, 0.0));
         table.row(["range".to_owned(), format!("{low:.2} to {high:.2} ms over {} runs", milliseconds.len())]);
-        table.row(["images/s".to_owned(), format!("{images_per_second:.2}")]);
+        table.row(["images/s".to_owned(), summary::number(images_per_second)]);
+        let rate = floating_operations(self.operations / median_ms * 1e3);
+        table.row([
+            "arithmetic".to_owned(),
+            format!("{rate}/s, {} a run", floating_operations(self.operations)),
+        ]);
         table.row(["peak memory".to_owned(), summary::bytes(memory.peak_total as u64)]);
+        for (purpose, peak) in Purpose::ALL.iter().zip(memory.peak).filter(|(_, peak)| *peak > 0) {
+            table.row([format!("  {}", purpose.name()), summary::bytes(peak as u64)]);
+        }
         table.row(["memory held".to_owned(), summary::bytes(memory.reserved as u64)]);
         if let Some(seconds) = self.timed.first_run_seconds {
             table.row(["from start to first".to_owned(), format!("{seconds:.2} s")]);
         }
-        print!("{table}");
-        for (name, value) in self.details(median_ms) {
-            println!("{name}: {value}");
+        if matches!(self.device, Device::Cuda(_)) {
+            let Timed { launches, waits, .. } = &self.timed;
+            table.row(["launches a run".to_owned(), one_decimal(*launches)]);
+            table.row(["host waits a run".to_owned(), one_decimal(*waits)]);
         }
+        print!("{table}");
     }
 
     fn details(&self, median_ms: f64) -> Map<String, Value> {
@@ -125,6 +135,18 @@ impl Measured {
         details.extend(self.extra.clone());
         details
     }
+}
+
+/// `6.068 GFLOP`.
+fn floating_operations(count: f64) -> String {
+    const UNITS: [(&str, f64); 5] = [("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)];
+    let (unit, size) = UNITS.into_iter().find(|(_, size)| count >= *size).unwrap_or(("", 1.0));
+    format!("{} {unit}FLOP", summary::number(count / size))
+}
+
+/// `57`, `3.3`.
+fn one_decimal(value: f64) -> String {
+    ((value * 10.0).round() / 10.0).to_string()
 }
 
 /// Prints where a GPU's time goes; the rows are sums over `runs`.
@@ -159,7 +181,7 @@ fn print_profile(what: &str, device: &Device, rows: &[ProfileRow], runs: usize, 
             name.to_owned(),
             format!("{milliseconds:.3}"),
             format!("{:.1} %", share * 100.0),
-            format!("{count}"),
+            one_decimal(count),
         ]);
     }
     print!("{table}");
