@@ -21,10 +21,15 @@ use crate::report::metrics::{MetricsLog, StepMetrics, curves};
 use crate::report::picture::Picture;
 use crate::report::plot::TrainingCurves;
 use crate::report::progress::{Show, TrainProgress, TrainStatus};
-use crate::report::tensorboard::{EventWriter, verbatim};
+use crate::report::tensorboard::{self, EventWriter, verbatim};
 use crate::report::unix_seconds;
 use crate::state;
 use crate::trainer::{StepOutcome, Trainer};
+
+/// Files of a run folder.
+const RECIPE: &str = "recipe.yaml";
+const PLAN: &str = "plan.txt";
+const METRICS: &str = "metrics.jsonl";
 
 /// Samples to show: f32 in [-1, 1], `[N, C, H, W]`.
 pub struct PreviewImages {
@@ -87,21 +92,33 @@ pub enum SamplesReport {
 ///
 /// # Errors
 /// Anything that stops training; the newest checkpoint stays whole. A folder that was made for a run of which no step
-/// was done is removed again.
+/// was done is removed again, after a stop too.
 pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<RunReport> {
-    let made = MadeFolder::make(&recipe.output)?;
-    let lock = RunLock::acquire(&recipe.output)?;
+    run_in(&MadeFolder::make(&recipe.output)?, recipe, options)
+}
+
+fn run_in(made: &MadeFolder, recipe: &Recipe, options: &RunOptions) -> Result<RunReport> {
+    // If another start has the folder by now, what is in it is that start's.
+    let lock = RunLock::acquire(&recipe.output).inspect_err(|_| made.remove())?;
     let mut trained = false;
     let result = Run::start(recipe, lock.clone(), options).and_then(|mut run| {
         let result = run.train();
         trained = run.last.is_some();
         result.map(|()| run.finish())
     });
-    // If a newer start has taken over, the folder is its own.
-    if result.is_err() && !trained && lock.check().is_ok() {
+    let in_vain = !trained && result.as_ref().map_or(true, |report| report.steps == 0);
+    // An earlier start may have trained there since the folder was made; if a newer one has taken over, it is that one's.
+    if in_vain && made.is_new() && lock.epoch() == 1 && lock.check().is_ok() {
+        made.remove_files(is_written_before_steps);
+        lock.remove_files();
         made.remove();
     }
     result
+}
+
+/// Whether a run writes a file of this name before its first step is done.
+fn is_written_before_steps(name: &str) -> bool {
+    [RECIPE, PLAN, METRICS].contains(&name) || name.starts_with(tensorboard::FILE_PREFIX)
 }
 
 struct Run<'a> {
@@ -145,9 +162,9 @@ impl<'a> Run<'a> {
         // Where nothing is left to do, other settings would tell of work that was not done with them.
         if step < steps || lacks_samples(&folder, &recipe, step) || !recipe_path(&folder).exists() {
             anneal_weights::write_atomic(&recipe_path(&folder), yaml.as_bytes())?;
-            anneal_weights::write_atomic(&folder.join("plan.txt"), plan.as_bytes())?;
+            anneal_weights::write_atomic(&folder.join(PLAN), plan.as_bytes())?;
         }
-        let (metrics, _) = MetricsLog::open(&folder.join("metrics.jsonl"), step)?;
+        let (metrics, _) = MetricsLog::open(&folder.join(METRICS), step)?;
         let mut events = (step < steps).then(|| EventWriter::create(&folder, step)).transpose()?;
         if let Some(events) = &mut events {
             events.text(step, "recipe", &verbatim(&yaml))?;
@@ -316,7 +333,7 @@ impl<'a> Run<'a> {
     }
 
     fn plot(&self) -> Result<()> {
-        let mut columns = curves(&self.folder.join("metrics.jsonl"), &["loss", "grad_norm"])?.into_iter();
+        let mut columns = curves(&self.folder.join(METRICS), &["loss", "grad_norm"])?.into_iter();
         let (loss, norm) = (columns.next().unwrap_or_default(), columns.next().unwrap_or_default());
         if loss.len() < 2 {
             return Ok(());
@@ -414,5 +431,66 @@ pub fn picture(images: &PreviewImages) -> Result<Picture> {
 
 /// Where a run keeps its resolved recipe.
 pub fn recipe_path(run: &Path) -> PathBuf {
-    run.join("recipe.yaml")
+    run.join(RECIPE)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::checkpoint;
+
+    const TINY: &str = "
+model: {hidden_size: 16, depth: 1, heads: 2, patch_size: 2, image_size: 8, channels: 1, classes: 10}
+data: {kind: digits, workers: 1}
+train: {steps: 2, batch: 8}
+sample: {every: 0}
+";
+
+    /// A run that is to stop, or not, before its first step.
+    fn start(made: &MadeFolder, output: &Path, stop: bool, change: &str) -> Result<RunReport> {
+        let overrides = [format!("output={}", output.display()), change.to_owned()];
+        let recipe = Recipe::from_yaml(TINY, "tiny.yaml", &overrides).unwrap();
+        let preview = |_: Arc<dyn ParamStore>, _: &mut DrawingProgress<'_>| Ok(None);
+        let stop = Arc::new(AtomicBool::new(stop));
+        let options = RunOptions { show: Show::Nothing, stop, preview: &preview, changed_recipe: false };
+        run_in(made, &recipe, &options)
+    }
+
+    #[test]
+    fn a_stop_before_the_first_step_leaves_only_what_others_wrote() {
+        let scratch = tempfile::tempdir().unwrap();
+        let output = scratch.path().join("run");
+        for others in [&[][..], &["note"]] {
+            let made = MadeFolder::make(&output).unwrap();
+            others.iter().for_each(|name| fs::write(output.join(name), "mine").unwrap());
+            let report = start(&made, &output, true, "seed=0").unwrap();
+            assert!(report.stopped && report.steps == 0, "{report:?}");
+            let left = fs::read_dir(&output).into_iter().flatten();
+            let left: Vec<String> =
+                left.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+            assert_eq!(left, others);
+            assert_eq!(output.exists(), !others.is_empty());
+        }
+    }
+
+    /// Another start may use a folder between the moment it is made and that when its lock is asked for.
+    #[test]
+    fn what_another_start_did_in_a_made_folder_stays() {
+        let scratch = tempfile::tempdir().unwrap();
+        let output = scratch.path().join("run");
+        let late = MadeFolder::make(&output).unwrap();
+        let lock = RunLock::acquire(&output).unwrap();
+        start(&late, &output, false, "seed=0").unwrap_err();
+        lock.check().unwrap();
+        drop(lock);
+        fs::remove_dir_all(&output).unwrap();
+        let late = MadeFolder::make(&output).unwrap();
+        let other = MadeFolder::make(&output).unwrap();
+        start(&other, &output, false, "seed=0").unwrap();
+        start(&late, &output, false, "model.hidden_size=32").unwrap_err();
+        assert_eq!(checkpoint::list(&output).unwrap().len(), 1);
+        assert!(recipe_path(&output).exists());
+    }
 }

@@ -131,8 +131,8 @@ pub struct Resume {
 ///
 /// The ending of --out decides the form: `.png` one picture with all samples, `.npz` arrays as the
 /// ADM evaluator reads them (`arr_0` u8 [N, H, W, C], `arr_1` labels; latents as f32 [N, C, H, W]),
-/// no ending a folder of single pictures, which must be empty or new. A sample depends on its seed and class alone, not on
-/// how many are drawn together: sample i has seed --seed + i.
+/// no ending a folder of single pictures, which must be empty or new, or --overwrite. A sample depends on
+/// its seed and class alone, not on how many are drawn together: sample i has seed --seed + i.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   anneal sample runs/digits
@@ -187,7 +187,7 @@ pub struct Sample {
     /// Where to write [default: samples.png]
     #[arg(long, short)]
     pub out: Option<PathBuf>,
-    /// Replace the samples that are in the folder --out; a .png or .npz is always replaced
+    /// Replace the samples that are in the folder --out; a .png or .npz is replaced with or without it
     #[arg(long)]
     pub overwrite: bool,
     /// Attention heads, for weights that are no preset and do not say

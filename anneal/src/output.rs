@@ -1,5 +1,6 @@
 //! Samples to files; the ending of the name decides the form.
 
+use std::collections::HashSet;
 use std::io::ErrorKind;
 use std::path::Path;
 
@@ -9,38 +10,65 @@ use anneal_train::report::grid::{self, Batch, GridOptions, Pixels};
 use anneal_train::report::picture::brightness;
 use anyhow::{Context, Result, bail};
 
-/// Writes a grid (`.png`), arrays (`.npz`), or a folder of single pictures (no ending).
-pub fn write(samples: &Samples, out: &Path, caption: &str) -> Result<()> {
-    if let Some(folder) = out.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-        std::fs::create_dir_all(folder)
-            .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+/// Where samples go, and in which form.
+pub struct Target<'a> {
+    out: &'a Path,
+    form: Form,
+}
+
+enum Form {
+    /// One picture with all samples: `.png`.
+    Grid,
+    /// `.npz`.
+    Arrays,
+    /// A folder of single pictures: no ending.
+    Singles { overwrite: bool },
+}
+
+impl<'a> Target<'a> {
+    /// Finds before the samples are drawn what would keep them from being written. A folder must be empty, unless
+    /// `overwrite`: old pictures beside new ones would pass for a part of them.
+    pub fn new(out: &'a Path, overwrite: bool) -> Result<Self> {
+        let form = match out.extension().and_then(|ending| ending.to_str()) {
+            Some("png") => Form::Grid,
+            Some("npz") => Form::Arrays,
+            None => Form::Singles { overwrite },
+            Some(ending) => {
+                bail!(
+                    "--out {}: write .png, .npz, or a folder without an ending, not .{ending}",
+                    out.display()
+                )
+            }
+        };
+        if matches!(form, Form::Singles { .. }) {
+            names_before(out, overwrite)?;
+        }
+        Ok(Self { out, form })
     }
-    match out.extension().and_then(|ending| ending.to_str()) {
-        Some("png") => write_grid(samples, out, caption),
-        Some("npz") => write_arrays(samples, out),
-        None => write_singles(samples, out, caption),
-        Some(ending) => {
-            bail!("--out {}: write .png, .npz, or a folder without an ending, not .{ending}", out.display())
+
+    pub fn write(&self, samples: &Samples, caption: &str) -> Result<()> {
+        if let Some(folder) = self.out.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+            std::fs::create_dir_all(folder)
+                .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        }
+        match self.form {
+            Form::Grid => write_grid(samples, self.out, caption),
+            Form::Arrays => write_arrays(samples, self.out),
+            Form::Singles { overwrite } => write_singles(samples, self.out, caption, overwrite),
         }
     }
 }
 
-/// Whether `write` will know what to do with a name, before the samples are drawn. A folder must be empty, unless
-/// `overwrite`: old pictures beside new ones would pass for a part of them.
-pub fn check(out: &Path, overwrite: bool) -> Result<()> {
-    match out.extension().and_then(|ending| ending.to_str()) {
-        Some("png" | "npz") => Ok(()),
-        None if !overwrite && !names(out)?.is_empty() => {
-            bail!(
-                "--out {}: the folder is not empty; choose another, or add --overwrite to replace the samples in it",
-                out.display()
-            )
-        }
-        None => Ok(()),
-        Some(ending) => {
-            bail!("--out {}: write .png, .npz, or a folder without an ending, not .{ending}", out.display())
-        }
+/// What lies in the folder for single pictures. Without `overwrite` that must be nothing.
+fn names_before(out: &Path, overwrite: bool) -> Result<Vec<String>> {
+    let names = names(out)?;
+    if !overwrite && !names.is_empty() {
+        bail!(
+            "--out {}: the folder is not empty; choose another, or add --overwrite to replace the samples in it",
+            out.display()
+        );
     }
+    Ok(names)
 }
 
 /// What lies in a folder; nothing if it is not there.
@@ -74,16 +102,21 @@ fn write_grid(samples: &Samples, out: &Path, caption: &str) -> Result<()> {
     Ok(())
 }
 
-/// Pictures of an earlier call go, those that have no successor too.
-fn write_singles(samples: &Samples, out: &Path, caption: &str) -> Result<()> {
+/// Pictures of an earlier call go if they are to be overwritten, those that have no successor too; the old ones last, so
+/// that they are still there if new ones cannot be written. Since the samples were begun, another call may have filled the
+/// folder: it is looked at again.
+fn write_singles(samples: &Samples, out: &Path, caption: &str, overwrite: bool) -> Result<()> {
+    let before = names_before(out, overwrite)?;
     std::fs::create_dir_all(out).with_context(|| format!("cannot make the folder {}", out.display()))?;
-    for old in names(out)?.iter().filter(|name| is_single(name)) {
-        let old = out.join(old);
-        std::fs::remove_file(&old).with_context(|| format!("cannot remove {}", old.display()))?;
-    }
+    let mut written = HashSet::new();
     for (index, picture) in grid::singles(&batch(samples))?.into_iter().enumerate() {
         let name = single_name(index, samples.labels[index]);
-        picture.with_text("parameters", caption).write_png(&out.join(name))?;
+        picture.with_text("parameters", caption).write_png(&out.join(&name))?;
+        written.insert(name);
+    }
+    for old in before.iter().filter(|name| is_single(name) && !written.contains(*name)) {
+        let old = out.join(old);
+        std::fs::remove_file(&old).with_context(|| format!("cannot remove {}", old.display()))?;
     }
     Ok(())
 }
@@ -114,4 +147,49 @@ fn to_bytes(values: &[f32], [channels, height, width]: [usize; 3]) -> Vec<u8> {
         }
     }
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two of class 0 and 1.
+    fn samples() -> Samples {
+        Samples { values: vec![0.5; 2 * 16], labels: vec![0, 1], shape: [1, 4, 4], warnings: Vec::new() }
+    }
+
+    #[test]
+    fn pictures_that_came_while_samples_were_drawn_stay() {
+        let scratch = tempfile::tempdir().unwrap();
+        let out = scratch.path().join("many");
+        let [first, second] = [(), ()].map(|()| Target::new(&out, false).unwrap());
+        let mut others = samples();
+        others.labels = vec![7, 8];
+        first.write(&others, "").unwrap();
+        let refused = second.write(&samples(), "").unwrap_err();
+        assert!(
+            refused.to_string().ends_with("or add --overwrite to replace the samples in it"),
+            "{refused}"
+        );
+        let mut left = names(&out).unwrap();
+        left.sort();
+        assert_eq!(left, ["000000-class-7.png", "000001-class-8.png"]);
+    }
+
+    #[test]
+    fn old_pictures_stay_until_the_new_ones_are_there() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (old, in_the_way) = ("000000-class-7.png", "000001-class-1.png");
+        let out = scratch.path().join("many");
+        std::fs::create_dir_all(out.join(in_the_way)).unwrap();
+        std::fs::write(out.join(old), "old").unwrap();
+        let target = Target::new(&out, true).unwrap();
+        target.write(&samples(), "").unwrap_err();
+        assert_eq!(std::fs::read(out.join(old)).unwrap(), b"old");
+        std::fs::remove_dir(out.join(in_the_way)).unwrap();
+        target.write(&samples(), "").unwrap();
+        let mut left = names(&out).unwrap();
+        left.sort();
+        assert_eq!(left, ["000000-class-0.png", in_the_way]);
+    }
 }

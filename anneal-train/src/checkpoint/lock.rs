@@ -149,6 +149,14 @@ impl RunLock {
         Ok(removed)
     }
 
+    /// Removes the writer's name, then what is locked: the last files of a run that has come to nothing. A start that
+    /// comes before the folder is removed too makes them anew. What cannot be removed stays.
+    pub(crate) fn remove_files(&self) {
+        for name in [WRITER_NAME, LOCK_NAME] {
+            let _ = fs::remove_file(self.0.run.join(name));
+        }
+    }
+
     /// Remembers that this process wrote the checkpoint of a step.
     pub(super) fn trust(&self, step: u64) {
         self.trusted().insert(step);

@@ -82,7 +82,8 @@ pub fn verbatim(text: &str) -> String {
     text.lines().map(|line| format!("    {line}\n")).collect()
 }
 
-const FILE_PREFIX: &str = "events.out.tfevents.";
+/// What the names of event files begin with, as TensorBoard wants it.
+pub(crate) const FILE_PREFIX: &str = "events.out.tfevents.";
 
 fn file_name(second: u64) -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();

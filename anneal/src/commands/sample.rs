@@ -14,7 +14,7 @@ use anneal_train::report::progress::{Progress, Show};
 use anyhow::{Context, Result, bail};
 
 use crate::cli::Sample;
-use crate::output;
+use crate::output::Target;
 use crate::sampling::{self, SamplingSettings};
 use crate::scheduler;
 use crate::source::{self, Opening, Source};
@@ -34,7 +34,7 @@ pub struct Drawing {
 
 pub fn sample(arguments: &Sample) -> Result<ExitCode> {
     let out = arguments.out.clone().unwrap_or_else(|| PathBuf::from("samples.png"));
-    output::check(&out, arguments.overwrite)?;
+    let target = Target::new(&out, arguments.overwrite)?;
     let device = Device::parse(&arguments.device, arguments.memory_limit.map(ByteSize::bytes))?;
     let opening = Opening {
         ema: arguments.ema.as_deref(),
@@ -50,7 +50,7 @@ pub fn sample(arguments: &Sample) -> Result<ExitCode> {
     for line in source.scheduler.iter().flat_map(|it| scheduler::not_followed(it, &drawing.settings)) {
         eprintln!("warning: {line}");
     }
-    draw(&source, &drawing, &out)?;
+    draw(&source, &drawing, &target)?;
     println!(
         "{} samples from {} in {}   ({})",
         drawing.labels.len(),
@@ -62,7 +62,7 @@ pub fn sample(arguments: &Sample) -> Result<ExitCode> {
 }
 
 /// Draws and writes, with a progress bar.
-pub fn draw(source: &Source, drawing: &Drawing, out: &Path) -> Result<()> {
+pub fn draw(source: &Source, drawing: &Drawing, target: &Target) -> Result<()> {
     let (sampler, guidance) = drawing.settings.options(&source.objective)?;
     let count = drawing.labels.len() as u64;
     let request = Request {
@@ -92,7 +92,7 @@ pub fn draw(source: &Source, drawing: &Drawing, out: &Path) -> Result<()> {
     for warning in &samples.warnings {
         eprintln!("warning: {warning}");
     }
-    output::write(&samples, out, &drawing.settings.caption())
+    target.write(&samples, &drawing.settings.caption())
 }
 
 fn drawing(arguments: &Sample, source: &Source) -> Result<Drawing> {

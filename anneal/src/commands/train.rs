@@ -20,6 +20,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::cli::{Precision, Quickstart, Resume, RunArguments, Train};
 use crate::commands::sample::{self, Drawing};
+use crate::output::Target;
 use crate::sampling::{self, SamplingSettings};
 use crate::source::{self, Opening};
 
@@ -61,7 +62,7 @@ fn plan(recipe: &Recipe) -> Result<ExitCode> {
         Err(error) => (plan, Err(error)),
     };
     print!("{plan}");
-    let warnings = [no_such_gpu(recipe)?, plan.check_limit()?].into_iter().flatten();
+    let warnings = [check_device(recipe)?, plan.check_limit()?].into_iter().flatten();
     for warning in warnings.chain(result?) {
         eprintln!("warning: {warning}");
     }
@@ -69,11 +70,11 @@ fn plan(recipe: &Recipe) -> Result<ExitCode> {
 }
 
 /// A warning if the recipe's device is a GPU that cannot be used here; an error if it is no device anywhere.
-fn no_such_gpu(recipe: &Recipe) -> Result<Option<String>> {
+fn check_device(recipe: &Recipe) -> Result<Option<String>> {
     match settings::device(recipe) {
         Ok(_) => Ok(None),
         Err(TrainError::Device(error @ (DeviceError::NoCuda { .. } | DeviceError::NoLibrary { .. }))) => {
-            Ok(Some(format!("{} is not on this machine: {error}", recipe.device)))
+            Ok(Some(format!("{} cannot be used on this machine: {error}", recipe.device)))
         }
         Err(error) => Err(error.into()),
     }
@@ -116,7 +117,7 @@ pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
         latents: None,
         batch: QUICKSTART_SAMPLES,
     };
-    sample::draw(&source, &drawing, &out)?;
+    sample::draw(&source, &drawing, &Target::new(&out, true)?)?;
     println!("\nSamples: {}   (ten of each digit, a row each)", out.display());
     println!("Next:    anneal sample {} --class 3 --num 16 --out threes.png", arguments.output.display());
     println!("         anneal train recipes/image_folder.yaml data.path=FOLDER   (your own images)");
@@ -173,6 +174,11 @@ fn print_report(recipe: &Recipe, report: &RunReport) {
     let folder = report.folder.display();
     if report.stopped {
         let (step, steps) = (report.steps, recipe.train.steps);
+        if step == 0 {
+            println!("stopped before the first step: nothing is trained or saved");
+            println!("start again with: {}", this_command());
+            return;
+        }
         let when = match report.samples {
             SamplesReport::Left => format!("before the samples of step {step} of {steps} were drawn"),
             _ => format!("after step {step} of {steps}"),

@@ -105,6 +105,12 @@ fn a_start_that_fails_leaves_no_folder() {
         folder.train("runs/deep/run", changes).fails(&[words]);
         assert_eq!(folder.names("."), ["tiny.yaml"], "{changes:?}");
     }
+    // The second can be made, but no file in it has a name that the system takes.
+    let deep = format!("{}/{}", vec!["x".repeat(199); 20].join("/"), "x".repeat(89));
+    for output in [format!("runs/{}", "x".repeat(300)), deep] {
+        folder.train(&output, &[]).fails(&["File name too long"]);
+        assert_eq!(folder.names("."), ["tiny.yaml"], "a name of {} letters", output.len());
+    }
     folder.write("run/note", b"mine");
     folder.train("run", &["memory_limit=200KiB"]).fails(&["bytes of activations"]);
     assert_eq!(folder.read("run/note"), b"mine");

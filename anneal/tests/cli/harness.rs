@@ -126,14 +126,29 @@ impl Running {
 
     /// Waits for a path to appear.
     pub fn wait_for(&mut self, path: &Path) {
+        self.wait_until(&path.display().to_string(), || path.exists());
+    }
+
+    /// Waits until signals are caught: SIGTERM is the last that a handler is set up for.
+    pub fn wait_for_handlers(&mut self) {
+        const TERM: u32 = 15;
+        let status = format!("/proc/{}/status", self.process());
+        self.wait_until("the handler of SIGTERM", || {
+            let status = std::fs::read_to_string(&status).unwrap();
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+            u64::from_str_radix(caught.trim(), 16).unwrap() >> (TERM - 1) & 1 == 1
+        });
+    }
+
+    fn wait_until(&mut self, what: &str, is_there: impl Fn() -> bool) {
         let start = Instant::now();
-        while !path.exists() {
+        while !is_there() {
             let child = self.0.as_mut().unwrap();
             if let Some(status) = child.try_wait().unwrap() {
                 let outcome = self.finish();
-                panic!("it ended ({status}) before {} appeared: {outcome:?}", path.display());
+                panic!("it ended ({status}) before {what} appeared: {outcome:?}");
             }
-            assert!(start.elapsed() < PATIENCE, "{} did not appear", path.display());
+            assert!(start.elapsed() < PATIENCE, "{what} did not appear");
             std::thread::sleep(Duration::from_millis(2));
         }
     }

@@ -110,6 +110,24 @@ fn a_signal_saves_a_checkpoint_and_says_how_to_continue() {
     assert_same_run(&folder, "whole", "run", LAST);
 }
 
+/// The start waits for who reads its lock, which is a pipe here, until the signal has come.
+#[test]
+fn a_signal_before_the_first_step_saves_nothing_and_says_so() {
+    let folder = Folder::new();
+    folder.script(&["env"], "mkdir run && mkfifo run/.writer.lock").succeeds(&[]);
+    let mut running = folder.spawn_train("run", &[]);
+    running.wait_for_handlers();
+    running.signal("INT");
+    let lock = folder.path("run/.writer.lock");
+    let _reader = std::fs::OpenOptions::new().read(true).write(true).open(lock).unwrap();
+    let said = "stopped before the first step: nothing is trained or saved\nstart again with: anneal train";
+    let stopped = running.finish().ends(130, &[said]);
+    assert!(
+        !stopped.out.contains("checkpoint") && folder.names("run/checkpoints").is_empty(),
+        "{stopped:#?}"
+    );
+}
+
 /// A moment after the checkpoint and its plot the samples of the same step are being drawn, which would take seconds.
 #[test]
 fn a_signal_stops_the_drawing_of_samples_too() {

@@ -103,10 +103,13 @@ fn samples_are_not_mixed_with_what_a_folder_holds() {
     into(&["--num", "1", "--class", "7", "--overwrite"]).succeeds(&["1 samples"]);
     assert_eq!(folder.names("many"), ["000000-class-7.png", "1-class-2.png", "mine.png"]);
     folder.write("file", b"mine");
-    folder.anneal(&["sample", "run", "--out", "file"]).fails(&["--out file"]);
-    for _ in 0..2 {
-        folder.anneal(&["sample", "run", "--num", "2", "--out", "grid.png"]).succeeds(&["grid.png"]);
+    for flags in [&[][..], &["--overwrite"]] {
+        let to = |out: &str| folder.anneal(&[&["sample", "run", "--num", "2", "--out", out], flags].concat());
+        let refused = to("file").fails(&["--out file: cannot read the folder"]);
+        assert!(!refused.err.contains("warning"), "before the weights are opened: {refused:#?}");
+        to("grid.png").succeeds(&["grid.png"]);
     }
+    assert_eq!(folder.read("file"), b"mine");
 }
 
 #[test]

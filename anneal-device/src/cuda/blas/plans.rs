@@ -85,8 +85,8 @@ impl Plan {
 
     /// Takes the fastest of the candidates, run on noise: the operands of a first step may be zeros, on which a GPU needs
     /// so little power that other candidates win. Where memory lacks for that, they are run on the operands. C, which
-    /// the product is about to overwrite, is written on the way; where it is added to, other memory stands in for it,
-    /// for that of a batch's first members ([`stand_in`]).
+    /// the product is about to overwrite, is written on the way; where it is added to, other memory stands in for it, and
+    /// of a batch only the first members are then measured ([`stand_in`]).
     /// A batch is run on its operands: they may be a good part of a model's weights, and noise like them would be
     /// the highest use of memory.
     ///

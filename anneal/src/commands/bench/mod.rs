@@ -53,6 +53,9 @@ fn device_name(device: &Device) -> String {
     }
 }
 
+/// Among the further figures, the loss of the last timed step: a sign that the steps compute sense.
+const LAST_LOSS: &str = "last_loss";
+
 /// One measured thing: what it was, where, its times, how many images a run covers, and further figures.
 struct Measured {
     what: String,
@@ -111,6 +114,9 @@ impl Measured {
             let Timed { launches, waits, .. } = &self.timed;
             table.row(["launches a run".to_owned(), one_decimal(*launches)]);
             table.row(["host waits a run".to_owned(), one_decimal(*waits)]);
+        }
+        if let Some(loss) = self.extra.get(LAST_LOSS).and_then(Value::as_f64) {
+            table.row(["last loss".to_owned(), format!("{loss:.4}")]);
         }
         print!("{table}");
     }

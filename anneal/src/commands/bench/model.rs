@@ -17,7 +17,7 @@ use clap::ValueEnum;
 use serde_json::{Map, json};
 
 use super::clock::{self, Repeated};
-use super::{Measured, print_profile};
+use super::{LAST_LOSS, Measured, print_profile};
 use crate::cli::BenchModel;
 
 /// Multiply-adds of a matrix product count as two operations.
@@ -141,7 +141,7 @@ pub fn step(arguments: &BenchModel) -> Result<()> {
     }
     let mut extra = Map::new();
     if let Some(last) = outcomes.last() {
-        extra.insert("last_loss".into(), last.loss.into());
+        extra.insert(LAST_LOSS.into(), last.loss.into());
     }
     let operations = 3.0 * forward_operations(&config) * arguments.batch as f64;
     Measured { what, device, timed, images: arguments.batch, operations, extra }.print(arguments.json);
