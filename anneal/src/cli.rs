@@ -131,7 +131,7 @@ pub struct Resume {
 ///
 /// The ending of --out decides the form: `.png` one picture with all samples, `.npz` arrays as the
 /// ADM evaluator reads them (`arr_0` u8 [N, H, W, C], `arr_1` labels; latents as f32 [N, C, H, W]),
-/// no ending a folder of single pictures, which must be empty or new, or --overwrite. A sample depends on
+/// no ending a folder of single pictures, which must be new or empty unless --overwrite. A sample depends on
 /// its seed and class alone, not on how many are drawn together: sample i has seed --seed + i.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:

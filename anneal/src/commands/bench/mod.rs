@@ -115,8 +115,10 @@ impl Measured {
             table.row(["launches a run".to_owned(), one_decimal(*launches)]);
             table.row(["host waits a run".to_owned(), one_decimal(*waits)]);
         }
-        if let Some(loss) = self.extra.get(LAST_LOSS).and_then(Value::as_f64) {
-            table.row(["last loss".to_owned(), format!("{loss:.4}")]);
+        if let Some(loss) = self.extra.get(LAST_LOSS) {
+            // JSON has no other numbers.
+            let loss = loss.as_f64().map_or("not finite".to_owned(), |loss| format!("{loss:.4}"));
+            table.row(["last loss".to_owned(), loss]);
         }
         print!("{table}");
     }
