@@ -24,17 +24,19 @@ pub enum TrainError {
     #[error("{message}")]
     Settings { message: String },
     #[error(
-        "{limit} steps in a row had a gradient that is not finite (step {step}): training has diverged; lower optim.lr, set optim.clip, or look for bad values in the data. The newest checkpoint is untouched"
+        "{in_a_row} steps in a row had a gradient that is not finite (step {step}): training has diverged; lower optim.lr, set optim.clip, or look for bad values in the data. The newest checkpoint is untouched"
     )]
-    Diverged { limit: usize, step: u64 },
+    Diverged { in_a_row: u64, step: u64 },
     #[error(
-        "the checkpoint in {run} was made by another recipe, so it cannot be continued by this one:\n  {differences}\n{advice}"
+        "the run {run} was made by another recipe, so it cannot be continued by this one:\n  {differences}\n{advice}"
     )]
     OtherRecipe { run: String, differences: String, advice: String },
     #[error(
         "{run} is at step {step} already, and train.steps is {steps}: ask for at least {step}, or choose another output folder to train anew"
     )]
     FewerSteps { run: String, step: u64, steps: u64 },
+    #[error("stopped by a signal")]
+    Stopped,
     #[error("drawing samples failed: {0}")]
     Preview(String),
 }

@@ -1,14 +1,15 @@
-//! Folders that a start has made, and takes away again if it comes to nothing.
+//! What a start has made in a run's folder, and takes away again if it comes to nothing.
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anneal_weights::FileError;
+use anneal_weights::{FileError, write_atomic};
 
-/// A folder, of which is known whether it and those above it were there before. What cannot be removed of it stays,
-/// since there is an error to report already.
+/// What was made of a folder and those above it. What cannot be removed of it stays, since there is an error to report
+/// already.
 pub(crate) struct MadeFolder {
-    folder: PathBuf,
     /// From the innermost out.
     made: Vec<PathBuf>,
 }
@@ -22,29 +23,13 @@ impl MadeFolder {
         let made = missing.into_iter().rev().filter(|path| fs::create_dir(path).is_ok());
         let mut made: Vec<PathBuf> = made.map(Path::to_owned).collect();
         made.reverse();
-        let this = Self { folder: folder.to_owned(), made };
+        let this = Self { made };
         match fs::create_dir_all(folder) {
             Ok(()) => Ok(this),
             Err(cause) => {
                 this.remove();
                 Err(FileError::on("make the run folder", folder)(cause))
             }
-        }
-    }
-
-    /// Whether the folder itself is a made one, not only some above it.
-    pub fn is_new(&self) -> bool {
-        self.made.first() == Some(&self.folder)
-    }
-
-    /// Removes files of these names from the folder if it is new: others are not from this start, whoever put them there.
-    pub fn remove_files(&self, is_own: impl Fn(&str) -> bool) {
-        if !self.is_new() {
-            return;
-        }
-        let Ok(entries) = fs::read_dir(&self.folder) else { return };
-        for entry in entries.flatten().filter(|entry| entry.file_name().to_str().is_some_and(&is_own)) {
-            let _ = fs::remove_file(entry.path());
         }
     }
 
@@ -58,39 +43,89 @@ impl MadeFolder {
     }
 }
 
+/// The files of a folder before a start that has the right to write there. What cannot be put back stays as it is, since
+/// there is an error to report already.
+pub(crate) struct FormerFiles {
+    folder: PathBuf,
+    names: BTreeSet<OsString>,
+    contents: Vec<(PathBuf, Vec<u8>)>,
+}
+
+impl FormerFiles {
+    /// Remembers the names of all files, and what is in those named in `replaced`.
+    pub fn of(folder: &Path, replaced: &[&str]) -> Result<Self, FileError> {
+        let entries = fs::read_dir(folder).map_err(FileError::on("read folder", folder))?;
+        let names = entries.map(|entry| Ok(entry.map_err(FileError::on("read folder", folder))?.file_name()));
+        let content = |name: &&str| {
+            let path = folder.join(name);
+            fs::read(&path).ok().map(|content| (path, content))
+        };
+        Ok(Self {
+            folder: folder.to_owned(),
+            names: names.collect::<Result<_, FileError>>()?,
+            contents: replaced.iter().filter_map(content).collect(),
+        })
+    }
+
+    /// Removes the files that came since and have names of the start's own, and gives the replaced ones their content back.
+    pub fn put_back(&self, is_own: impl Fn(&str) -> bool) {
+        for (path, content) in &self.contents {
+            if fs::read(path).ok().as_ref() != Some(content) {
+                let _ = write_atomic(path, content);
+            }
+        }
+        let Ok(entries) = fs::read_dir(&self.folder) else { return };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            if !self.names.contains(&name) && name.to_str().is_some_and(&is_own) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn only_what_was_made_is_removed() {
+    fn only_folders_that_were_made_and_are_empty_are_removed() {
         let scratch = tempfile::tempdir().unwrap();
         let [above, folder] = ["runs", "runs/deep/er"].map(|name| scratch.path().join(name));
         let make = || MadeFolder::make(&folder).unwrap();
-        let write = |path: &Path| fs::write(path, "").unwrap();
-        let remove = |made: &MadeFolder| {
-            made.remove_files(|name| name == "own");
-            made.remove();
-        };
         let made = make();
-        write(&folder.join("own"));
+        fs::write(folder.join("other"), "").unwrap();
         made.remove();
-        assert!(folder.join("own").exists(), "another start may have written it");
-        write(&folder.join("other"));
-        remove(&made);
-        assert!(!folder.join("own").exists() && folder.join("other").exists());
+        assert!(folder.join("other").exists());
         fs::remove_file(folder.join("other")).unwrap();
-        remove(&made);
+        made.remove();
         assert!(!above.exists() && scratch.path().exists());
 
         let made = make();
-        write(&above.join("other"));
-        remove(&made);
+        fs::write(above.join("other"), "").unwrap();
+        made.remove();
         assert_eq!(fs::read_dir(&above).unwrap().count(), 1, "the other file");
 
         fs::create_dir_all(&folder).unwrap();
-        write(&folder.join("own"));
-        remove(&make());
-        assert!(folder.join("own").exists(), "it was there before");
+        make().remove();
+        assert!(folder.exists(), "it was there before");
+    }
+
+    #[test]
+    fn files_are_as_they_were_except_others_new_ones() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = |name: &str| scratch.path().join(name);
+        let write = |name: &str, content: &str| fs::write(path(name), content).unwrap();
+        write("own", "before");
+        write("own too", "before");
+        let former = FormerFiles::of(scratch.path(), &["own", "own new"]).unwrap();
+        for name in ["own", "own too", "own new", "other"] {
+            write(name, "now");
+        }
+        former.put_back(|name| name.starts_with("own"));
+        let content = |name: &str| fs::read_to_string(path(name)).ok();
+        let contents = ["own", "own too", "own new", "other"].map(content);
+        let expected = [Some("before"), Some("now"), None, Some("now")];
+        assert_eq!(contents, expected.map(|content| content.map(str::to_owned)));
     }
 }

@@ -129,7 +129,7 @@ impl<F: Figures> Outcomes<F> {
             let (loss, report) = figures.wait()?;
             outcomes.push(self.outcome(started, loss, report));
             if self.skipped.in_a_row >= self.limit as u64 {
-                return Err(TrainError::Diverged { limit: self.limit, step: started.step });
+                return Err(TrainError::Diverged { in_a_row: self.skipped.in_a_row, step: started.step });
             }
         }
         Ok(())
@@ -240,7 +240,7 @@ mod tests {
         }
         let mut outcomes = Vec::new();
         let error = simulation.outcomes.arrived(0, &mut outcomes).unwrap_err();
-        assert!(matches!(error, TrainError::Diverged { limit: 2, step: 3 }), "{error}");
+        assert!(matches!(error, TrainError::Diverged { in_a_row: 2, step: 3 }), "{error}");
         let reported: Vec<(u64, bool)> =
             outcomes.iter().map(|outcome| (outcome.step, outcome.skipped)).collect();
         assert_eq!(reported, [(1, false), (2, true), (3, true)]);

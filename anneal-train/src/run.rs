@@ -14,7 +14,7 @@ use anneal_recipe::Recipe;
 
 use crate::checkpoint::RunLock;
 use crate::error::{Result, TrainError};
-use crate::made_folder::MadeFolder;
+use crate::made_folder::{FormerFiles, MadeFolder};
 use crate::plan::Plan;
 use crate::report::grid::{self, GridOptions};
 use crate::report::metrics::{MetricsLog, StepMetrics, curves};
@@ -30,6 +30,9 @@ use crate::trainer::{StepOutcome, Trainer};
 const RECIPE: &str = "recipe.yaml";
 const PLAN: &str = "plan.txt";
 const METRICS: &str = "metrics.jsonl";
+
+/// Steps skipped in a row that are a divergence where the last one's loss is not finite either, and no step comes after.
+const DIVERGED_AT_END: u64 = 3;
 
 /// Samples to show: f32 in [-1, 1], `[N, C, H, W]`.
 pub struct PreviewImages {
@@ -56,8 +59,9 @@ pub struct RunOptions<'a> {
     /// Set by a signal: the run stops drawing samples, saves a checkpoint and returns.
     pub stop: Arc<AtomicBool>,
     pub preview: &'a Preview<'a>,
-    /// Whether the recipe may differ from the checkpoint's in what it trains.
-    pub changed_recipe: bool,
+    /// Whether the recipe is the run's own, with changes that are meant: it may then differ from the recipe in the run's
+    /// folder, and from the checkpoint's, in what it trains.
+    pub own_recipe: bool,
 }
 
 /// How a run ended.
@@ -91,26 +95,28 @@ pub enum SamplesReport {
 /// Trains a recipe to its end, from the run folder's newest whole checkpoint if there is one.
 ///
 /// # Errors
-/// Anything that stops training; the newest checkpoint stays whole. A folder that was made for a run of which no step
-/// was done is removed again, after a stop too.
+/// Anything that stops training; the newest checkpoint stays whole. After an error or a stop without any work done, the
+/// folder is as it was before: without it, where it was made for the run.
 pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<RunReport> {
     run_in(&MadeFolder::make(&recipe.output)?, recipe, options)
 }
 
 fn run_in(made: &MadeFolder, recipe: &Recipe, options: &RunOptions) -> Result<RunReport> {
+    let folder = &recipe.output;
     // If another start has the folder by now, what is in it is that start's.
-    let lock = RunLock::acquire(&recipe.output).inspect_err(|_| made.remove())?;
-    let mut trained = false;
+    let lock = RunLock::acquire(folder).inspect_err(|_| made.remove())?;
+    let former = FormerFiles::of(folder, &[RECIPE, PLAN])?;
+    let mut worked = false;
     let result = Run::start(recipe, lock.clone(), options).and_then(|mut run| {
         let result = run.train();
-        trained = run.last.is_some();
+        worked = run.has_worked();
         result.map(|()| run.finish())
     });
-    let in_vain = !trained && result.as_ref().map_or(true, |report| report.steps == 0);
-    // An earlier start may have trained there since the folder was made; if a newer one has taken over, it is that one's.
-    if in_vain && made.is_new() && lock.epoch() == 1 && lock.check().is_ok() {
-        made.remove_files(is_written_before_steps);
-        lock.remove_files();
+    let in_vain = !worked && result.as_ref().map_or(true, |report| report.stopped);
+    // If a newer start has taken over, the files are that one's.
+    if in_vain && lock.check().is_ok() {
+        former.put_back(is_written_before_steps);
+        lock.remove_made_files();
         made.remove();
     }
     result
@@ -144,9 +150,14 @@ impl<'a> Run<'a> {
         let folder = recipe.output.clone();
         let mut trainer = Trainer::new(recipe)?;
         let mut warnings: Vec<String> = lock.warning().map(str::to_owned).into_iter().collect();
-        warnings.extend(state::resume(&mut trainer, &folder, options.changed_recipe)?);
+        let resumed = state::resume(&mut trainer, &folder, options.own_recipe)?;
+        warnings.extend(resumed.warnings);
         warnings.extend(trainer.data().warning());
+        let goes_on = trainer.steps_done() < recipe.train.steps as u64;
         let run = Self::open(trainer, lock, folder, options)?;
+        if let Some(changes) = resumed.changes.filter(|_| goes_on) {
+            run.progress.screen().suspend(|| println!("continues with {changes}"));
+        }
         for warning in warnings {
             run.progress.screen().suspend(|| eprintln!("warning: {warning}"));
         }
@@ -198,8 +209,10 @@ impl<'a> Run<'a> {
         let recipe = self.trainer.recipe().clone();
         let total = recipe.train.steps as u64;
         if lacks_samples(&self.folder, &recipe, self.first_step) {
-            self.samples = SamplesReport::MadeUp;
             self.draw()?;
+            if self.samples != SamplesReport::Left {
+                self.samples = SamplesReport::MadeUp;
+            }
         }
         while self.trainer.steps_done() < total && !self.stopping() {
             self.take_from(Trainer::step)?;
@@ -222,6 +235,11 @@ impl<'a> Run<'a> {
             self.draw()?;
         }
         Ok(())
+    }
+
+    /// Whether a step was done or a picture drawn.
+    fn has_worked(&self) -> bool {
+        self.last.is_some() || self.samples == SamplesReport::MadeUp
     }
 
     /// Waits for the steps that are under way.
@@ -309,9 +327,31 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
+    /// Whether training ended in weights worth keeping: a short run can diverge and still stay below the limit of skipped
+    /// steps in a row. Warns of what is no error and yet no success.
+    fn check_end(&self) -> Result<()> {
+        let Some(last) = &self.last else { return Ok(()) };
+        let (step, skipped) = (last.step, self.trainer.outcomes.skipped);
+        if !last.loss.is_finite() && skipped.in_a_row >= DIVERGED_AT_END.min(step) {
+            return Err(TrainError::Diverged { in_a_row: skipped.in_a_row, step });
+        }
+        let finite = if last.loss.is_finite() { "" } else { "the last loss is not finite; " };
+        if !finite.is_empty() || skipped.in_all * 4 >= step * 3 {
+            let skipped = skipped.in_all;
+            let line = format!(
+                "{finite}{skipped} of {step} steps were skipped, since their gradient was not finite: lower optim.lr, set optim.clip, or look for bad values in the data"
+            );
+            self.progress.screen().suspend(|| eprintln!("warning: {line}"));
+        }
+        Ok(())
+    }
+
     /// A checkpoint. One that fails is reported and tried again at the next; the last must succeed.
     fn save(&mut self) -> Result<()> {
         let step = self.trainer.steps_done();
+        if step == self.trainer.recipe().train.steps as u64 {
+            self.check_end()?;
+        }
         self.metrics.sync()?;
         let result = state::save(&self.trainer, &self.lock);
         match result {
@@ -454,8 +494,18 @@ sample: {every: 0}
         let recipe = Recipe::from_yaml(TINY, "tiny.yaml", &overrides).unwrap();
         let preview = |_: Arc<dyn ParamStore>, _: &mut DrawingProgress<'_>| Ok(None);
         let stop = Arc::new(AtomicBool::new(stop));
-        let options = RunOptions { show: Show::Nothing, stop, preview: &preview, changed_recipe: false };
+        let own_recipe = change.starts_with("train.steps");
+        let options = RunOptions { show: Show::Nothing, stop, preview: &preview, own_recipe };
         run_in(made, &recipe, &options)
+    }
+
+    /// None if there is no such folder.
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).into_iter().flatten();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
     }
 
     #[test]
@@ -467,10 +517,7 @@ sample: {every: 0}
             others.iter().for_each(|name| fs::write(output.join(name), "mine").unwrap());
             let report = start(&made, &output, true, "seed=0").unwrap();
             assert!(report.stopped && report.steps == 0, "{report:?}");
-            let left = fs::read_dir(&output).into_iter().flatten();
-            let left: Vec<String> =
-                left.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-            assert_eq!(left, others);
+            assert_eq!(names(&output), others);
             assert_eq!(output.exists(), !others.is_empty());
         }
     }
@@ -492,5 +539,25 @@ sample: {every: 0}
         start(&late, &output, false, "model.hidden_size=32").unwrap_err();
         assert_eq!(checkpoint::list(&output).unwrap().len(), 1);
         assert!(recipe_path(&output).exists());
+    }
+
+    /// In a folder of a user's own, and in one where an earlier start has trained.
+    #[test]
+    fn a_start_in_vain_leaves_a_folder_as_it_was() {
+        let scratch = tempfile::tempdir().unwrap();
+        let output = scratch.path().join("run");
+        fs::create_dir(&output).unwrap();
+        fs::write(output.join(RECIPE), "mine").unwrap();
+        let try_in_vain = |change: &str| {
+            let before = (names(&output), fs::read(recipe_path(&output)).unwrap());
+            let made = MadeFolder::make(&output).unwrap();
+            start(&made, &output, false, change).unwrap_err();
+            assert!(start(&made, &output, true, "train.steps=4").unwrap().stopped);
+            assert_eq!((names(&output), fs::read(recipe_path(&output)).unwrap()), before);
+        };
+        try_in_vain("memory_limit=200KiB");
+        fs::remove_file(output.join(RECIPE)).unwrap();
+        start(&MadeFolder::make(&output).unwrap(), &output, false, "seed=0").unwrap();
+        try_in_vain("model.hidden_size=32");
     }
 }

@@ -18,6 +18,7 @@ use crate::checkpoint::{self, Checkpoint, RunLock};
 use crate::data::open_loader;
 use crate::error::{Result, TrainError};
 use crate::outcomes::Skipped;
+use crate::run::recipe_path;
 use crate::settings;
 use crate::trainer::Trainer;
 
@@ -120,18 +121,28 @@ pub fn save(trainer: &Trainer, lock: &RunLock) -> Result<()> {
     Ok(())
 }
 
-/// Continues a trainer from the newest whole checkpoint of a run, if there is one; warnings about
-/// damaged ones, and about a learning rate that rises again.
+/// What a user should know of a run that is continued.
+#[derive(Debug, Default)]
+pub struct Resumed {
+    /// About damaged checkpoints, and a learning rate that rises again.
+    pub warnings: Vec<String>,
+    /// Where what is trained differs from the checkpoint's recipe: `train.steps=1600 (the checkpoint: 800)`.
+    pub changes: Option<String>,
+}
+
+/// Continues a trainer from the newest whole checkpoint of a run, if there is one.
 ///
 /// # Errors
-/// If the recipe differs from the checkpoint's in what it trains, unless `changed_recipe`; if it has fewer steps than are done.
-pub fn resume(trainer: &mut Trainer, run: &Path, changed_recipe: bool) -> Result<Vec<String>> {
+/// If the recipe differs from that in the run's folder in what it trains, unless it is the run's own (`own_recipe`), with
+/// changes that are meant; if it differs from the checkpoint's in what may never change, or has fewer steps than are done.
+pub fn resume(trainer: &mut Trainer, run: &Path, own_recipe: bool) -> Result<Resumed> {
     let newest = checkpoint::open_newest_whole(run)?;
-    let Some(checkpoint) = newest.checkpoint else { return Ok(newest.warnings) };
+    let warnings = newest.warnings;
+    let Some(checkpoint) = newest.checkpoint else { return Ok(Resumed { warnings, changes: None }) };
     let saved = SavedState::of(&checkpoint)?;
     let old_recipe = saved.recipe()?;
     check_steps(&trainer.recipe, saved.step, run)?;
-    check_same_recipe(&old_recipe, &trainer.recipe, run, changed_recipe)?;
+    check_same_recipe(&old_recipe, &trainer.recipe, run, own_recipe)?;
     let store: &dyn ParamStore = &*trainer.store;
     let read = |group: &str, name: &str| checkpoint.read(group, name);
     for (id, spec) in store.parameters().iter() {
@@ -155,9 +166,11 @@ pub fn resume(trainer: &mut Trainer, run: &Path, changed_recipe: bool) -> Result
     trainer.step = saved.step;
     trainer.outcomes.skipped = Skipped { in_all: saved.skipped, in_a_row: saved.skipped_in_a_row };
     trainer.loader = open_loader(&trainer.recipe, saved.cursor)?;
-    let mut warnings = newest.warnings;
-    warnings.extend(rising_rate(&old_recipe, &trainer.recipe, saved.step));
-    Ok(warnings)
+    let rising = rising_rate(&old_recipe, &trainer.recipe, saved.step);
+    Ok(Resumed {
+        warnings: warnings.into_iter().chain(rising).collect(),
+        changes: changes(&old_recipe, &trainer.recipe),
+    })
 }
 
 /// A warning if more steps stretch a schedule that has fallen, so that its rate rises again.
@@ -209,35 +222,64 @@ fn check_steps(recipe: &Recipe, step: u64, run: &Path) -> Result<()> {
     Ok(())
 }
 
-fn check_same_recipe(old: &Recipe, new: &Recipe, run: &Path, changed: bool) -> Result<()> {
-    let is_under = |line: &str, keys: &[&str]| {
-        let path = line.split(':').next().unwrap_or_default();
-        keys.iter()
-            .any(|key| path == *key || path.strip_prefix(key).is_some_and(|rest| rest.starts_with('.')))
-    };
-    let differences: Vec<String> = differences(old, new)
-        .into_iter()
-        .filter(|line| !is_under(line, &FREE) && (!changed || is_under(line, &FIXED)))
-        .collect();
-    if differences.is_empty() {
+/// A start that ended before its first checkpoint may have changed the run's recipe since the last one: that is the run's
+/// word on what it trains, and the checkpoint's on what fits its tensors.
+fn check_same_recipe(saved: &Recipe, new: &Recipe, run: &Path, own: bool) -> Result<()> {
+    let mut refused = trained_differences(saved, new);
+    refused.retain(|line| is_under(line, &FIXED));
+    let fixed = !refused.is_empty();
+    let path = recipe_path(run);
+    if !own {
+        let of_run = path.is_file().then(|| Recipe::load(&path, &[])).transpose()?;
+        let others = trained_differences(of_run.as_ref().unwrap_or(saved), new);
+        refused.extend(others.into_iter().filter(|line| !is_under(line, &FIXED)));
+    }
+    if refused.is_empty() {
         return Ok(());
     }
     let run = run.display().to_string();
-    let fixed = differences.iter().any(|line| is_under(line, &FIXED));
     let advice = match fixed {
         true => "Run it with the old values, or choose another output folder".into(),
         false => format!(
             "To go on with the new values: anneal resume {run} {}\nOtherwise run it with the old values, or choose another output folder",
-            differences.iter().filter_map(|line| change(line)).collect::<Vec<_>>().join(" ")
+            refused.iter().filter_map(|line| change(line)).collect::<Vec<_>>().join(" ")
         ),
     };
-    Err(TrainError::OtherRecipe { run, differences: differences.join("\n  "), advice })
+    Err(TrainError::OtherRecipe { run, differences: refused.join("\n  "), advice })
+}
+
+/// Whether a line of differences is about one of these keys, or about one in their sections.
+fn is_under(line: &str, keys: &[&str]) -> bool {
+    let path = line.split(':').next().unwrap_or_default();
+    keys.iter().any(|key| path == *key || path.strip_prefix(key).is_some_and(|rest| rest.starts_with('.')))
+}
+
+/// The differences in what is trained.
+fn trained_differences(old: &Recipe, new: &Recipe) -> Vec<String> {
+    differences(old, new).into_iter().filter(|line| !is_under(line, &FREE)).collect()
+}
+
+/// The key of a difference `optim.lr: 0.0001 -> 0.0002`, its old and its new value.
+fn parts(difference: &str) -> Option<(&str, &str, &str)> {
+    let (key, values) = difference.split_once(": ")?;
+    let (old, new) = values.split_once(" -> ")?;
+    Some((key, old, new))
+}
+
+/// What differs from the checkpoint's recipe, in one line.
+fn changes(saved: &Recipe, new: &Recipe) -> Option<String> {
+    let differences = trained_differences(saved, new);
+    let told = differences.iter().filter_map(|line| {
+        let (key, old, new) = parts(line)?;
+        Some(format!("{key}={new} (the checkpoint: {old})"))
+    });
+    let told: Vec<String> = told.collect();
+    (!told.is_empty()).then(|| told.join(", "))
 }
 
 /// `optim.lr: 0.0001 -> 0.0002` as the change of a command line, `optim.lr=0.0002`.
 fn change(difference: &str) -> Option<String> {
-    let (key, values) = difference.split_once(": ")?;
-    let value = values.split_once(" -> ")?.1;
+    let (key, _, value) = parts(difference)?;
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.+/".contains(&byte);
     match value {
         "absent" => None,

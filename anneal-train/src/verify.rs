@@ -9,6 +9,7 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anneal_nn::ParamStore;
 use anneal_optim::State;
@@ -50,12 +51,13 @@ struct Trace {
 /// Runs the recipe both ways in `scratch`, an empty folder.
 ///
 /// # Errors
-/// Those of training; `stop_at` outside the run.
+/// Those of training; `stop_at` outside the run; [`TrainError::Stopped`] soon after `stop` is set.
 pub fn verify_resume(
     recipe: &Recipe,
     options: VerifyOptions,
     scratch: &Path,
     preview: &Preview,
+    stop: &AtomicBool,
 ) -> Result<Vec<Comparison>> {
     if options.stop_at == 0 || options.stop_at >= options.steps {
         let message = format!("the stop must lie within the run: between 1 and {}", options.steps - 1);
@@ -65,8 +67,8 @@ pub fn verify_resume(
     let recipe = &with_determinism(recipe, on_gpu || recipe.train.deterministic);
     let mut whole = Trainer::new(recipe)?;
     let mut losses = Vec::new();
-    advance(&mut whole, options.steps, &mut losses)?;
-    let uninterrupted = trace(&whole, losses, preview)?;
+    advance(&mut whole, options.steps, &mut losses, stop)?;
+    let uninterrupted = trace(&whole, losses, preview, stop)?;
     drop(whole);
 
     let mut other = recipe.clone();
@@ -76,7 +78,7 @@ pub fn verify_resume(
     {
         let lock = RunLock::acquire(scratch)?;
         let mut stopped = Trainer::new(&other)?;
-        advance(&mut stopped, options.stop_at, &mut losses)?;
+        advance(&mut stopped, options.stop_at, &mut losses, stop)?;
         state::save(&stopped, &lock)?;
     }
     if !on_gpu {
@@ -88,21 +90,22 @@ pub fn verify_resume(
         let message = format!("the checkpoint of step {} was not found again", options.stop_at);
         return Err(TrainError::Settings { message });
     }
-    advance(&mut continued, options.steps, &mut losses)?;
-    Ok(compare(&uninterrupted, &trace(&continued, losses, preview)?))
+    advance(&mut continued, options.steps, &mut losses, stop)?;
+    Ok(compare(&uninterrupted, &trace(&continued, losses, preview, stop)?))
 }
 
 /// Median seconds of a captured step on a GPU: with kernels chosen freely, and with deterministic ones.
 ///
 /// # Errors
-/// Those of training.
-pub fn cost_of_determinism(recipe: &Recipe, steps: u64) -> Result<[f64; 2]> {
+/// Those of training; [`TrainError::Stopped`] soon after `stop` is set.
+pub fn cost_of_determinism(recipe: &Recipe, steps: u64, stop: &AtomicBool) -> Result<[f64; 2]> {
     /// In which kernels are measured, the step is captured, and the queue fills.
     const WARMUP: u64 = 6;
     let median = |deterministic| -> Result<f64> {
         let mut trainer = Trainer::new(&with_determinism(recipe, deterministic))?;
         let mut outcomes = Vec::new();
         while trainer.steps_done() < WARMUP + steps.max(1) {
+            go_on(stop)?;
             trainer.step(&mut outcomes)?;
         }
         trainer.finish_steps(&mut outcomes)?;
@@ -118,9 +121,14 @@ fn with_determinism(recipe: &Recipe, deterministic: bool) -> Recipe {
     Recipe { train: Train { deterministic, ..recipe.train.clone() }, ..recipe.clone() }
 }
 
-fn advance(trainer: &mut Trainer, steps: u64, losses: &mut Vec<f64>) -> Result<()> {
+fn go_on(stop: &AtomicBool) -> Result<()> {
+    if stop.load(Ordering::Relaxed) { Err(TrainError::Stopped) } else { Ok(()) }
+}
+
+fn advance(trainer: &mut Trainer, steps: u64, losses: &mut Vec<f64>, stop: &AtomicBool) -> Result<()> {
     let mut outcomes = Vec::new();
     while trainer.steps_done() < steps {
+        go_on(stop)?;
         trainer.step(&mut outcomes)?;
     }
     trainer.finish_steps(&mut outcomes)?;
@@ -128,7 +136,7 @@ fn advance(trainer: &mut Trainer, steps: u64, losses: &mut Vec<f64>) -> Result<(
     Ok(())
 }
 
-fn trace(trainer: &Trainer, losses: Vec<f64>, preview: &Preview) -> Result<Trace> {
+fn trace(trainer: &Trainer, losses: Vec<f64>, preview: &Preview, stop: &AtomicBool) -> Result<Trace> {
     let store: &dyn ParamStore = &**trainer.store();
     let rates = trainer.recipe().ema.rates.clone();
     let mut kinds = vec![("master", State::Master), ("first moment", State::FirstMoment)];
@@ -145,8 +153,11 @@ fn trace(trainer: &Trainer, losses: Vec<f64>, preview: &Preview) -> Result<Trace
         }
     }
     let weights = trainer.sampling_store(sampling_rate(trainer.recipe()))?;
-    let images = preview(Arc::clone(&weights), &mut |_, _| ControlFlow::Continue(()));
-    let samples = images.map_err(TrainError::Preview)?.expect("nothing stops it").values;
+    let images = preview(Arc::clone(&weights), &mut |_, _| match go_on(stop) {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(_) => ControlFlow::Break(()),
+    });
+    let samples = images.map_err(TrainError::Preview)?.ok_or(TrainError::Stopped)?.values;
     Ok(Trace { losses, state, samples })
 }
 

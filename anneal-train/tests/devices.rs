@@ -63,7 +63,8 @@ fn assert_resumes(recipe: &Recipe) {
     };
     let scratch = tempfile::tempdir().unwrap();
     let options = VerifyOptions { steps: 9, stop_at: 4 };
-    for comparison in verify_resume(recipe, options, scratch.path(), &preview).unwrap() {
+    let stop = AtomicBool::new(false);
+    for comparison in verify_resume(recipe, options, scratch.path(), &preview, &stop).unwrap() {
         assert!(comparison.numbers > 0);
         assert_eq!(comparison.first, None, "{comparison:?}");
     }
@@ -89,7 +90,7 @@ fn run_stopped_in(drawing: usize, recipe: &Recipe) -> (RunReport, Vec<usize>) {
         Ok((!stopped).then_some(PreviewImages { shape, values, count: 1, caption, warnings }))
     };
     let options =
-        RunOptions { show: Show::Nothing, stop: stop.clone(), preview: &preview, changed_recipe: false };
+        RunOptions { show: Show::Nothing, stop: stop.clone(), preview: &preview, own_recipe: false };
     let report = run::run(recipe, &options).unwrap();
     (report, calls.take())
 }

@@ -98,12 +98,25 @@ pub struct RunArguments {
     /// Steps in all; short for train.steps=
     #[arg(long)]
     pub steps: Option<usize>,
-    /// Most memory of the device to use, such as 8GiB
+    /// Most memory of the device to use, such as 8GiB; `none` takes a limit away; short for memory_limit=
     #[arg(long, value_name = "SIZE")]
-    pub memory_limit: Option<ByteSize>,
+    pub memory_limit: Option<MemoryLimit>,
     /// No progress bar
     #[arg(long, short)]
     pub quiet: bool,
+}
+
+/// A size, or `none`.
+#[derive(Clone, Copy, Debug)]
+pub struct MemoryLimit(pub Option<ByteSize>);
+
+impl std::str::FromStr for MemoryLimit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let size = if text == "none" { None } else { Some(text.parse()?) };
+        Ok(Self(size))
+    }
 }
 
 /// Continue a run from its folder alone.

@@ -8,6 +8,7 @@ mod commands;
 mod output;
 mod sampling;
 mod scheduler;
+mod signals;
 mod source;
 
 use std::process::ExitCode;

@@ -32,6 +32,8 @@ struct Held {
     run: PathBuf,
     writer: Writer,
     warning: Option<String>,
+    /// Whether the file that is locked was not there before.
+    made_lock: bool,
     /// Steps that this process wrote itself: their content need not be read to be known.
     trusted: Mutex<BTreeSet<u64>>,
     /// Locked as long as it is open.
@@ -60,6 +62,7 @@ impl RunLock {
     pub fn acquire(run: &Path) -> Result<Self, CheckpointError> {
         fs::create_dir_all(run).map_err(FileError::on("create", run))?;
         let path = run.join(LOCK_NAME);
+        let made_lock = !path.exists();
         let file = OpenOptions::new()
             .create(true)
             .write(true)
@@ -80,7 +83,7 @@ impl RunLock {
         write_atomic(&run.join(WRITER_NAME), &text)?;
         clear_leftovers(&run.join(FOLDER))?;
         let trusted = Mutex::default();
-        Ok(Self(Arc::new(Held { run: run.to_path_buf(), writer, warning, trusted, _file: file })))
+        Ok(Self(Arc::new(Held { run: run.to_path_buf(), writer, warning, made_lock, trusted, _file: file })))
     }
 
     /// Counts the starts of this run, from 1.
@@ -149,10 +152,14 @@ impl RunLock {
         Ok(removed)
     }
 
-    /// Removes the writer's name, then what is locked: the last files of a run that has come to nothing. A start that
-    /// comes before the folder is removed too makes them anew. What cannot be removed stays.
-    pub(crate) fn remove_files(&self) {
-        for name in [WRITER_NAME, LOCK_NAME] {
+    /// Removes the writer's name, then what is locked, if no start before this one left them: the last files of a start
+    /// that has come to nothing. One that comes while they go makes them anew. What cannot be removed stays.
+    pub(crate) fn remove_made_files(&self) {
+        if self.0.writer.epoch > 1 {
+            return;
+        }
+        let made = [(WRITER_NAME, true), (LOCK_NAME, self.0.made_lock)];
+        for (name, _) in made.into_iter().filter(|(_, made)| *made) {
             let _ = fs::remove_file(self.0.run.join(name));
         }
     }

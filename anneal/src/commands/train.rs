@@ -1,8 +1,10 @@
 //! `quickstart`, `train` and `resume`: three ways to name the same run.
 
+use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
 use anneal_data::DataError;
 use anneal_models::dit::Dit;
@@ -15,13 +17,13 @@ use anneal_train::report::progress::Show;
 use anneal_train::report::summary;
 use anneal_train::run::{self, DrawingProgress, RunOptions, RunReport, SamplesReport};
 use anneal_train::settings;
-use anyhow::{Context, Result, bail};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use anyhow::{Error, Result, anyhow, bail};
 
-use crate::cli::{Precision, Quickstart, Resume, RunArguments, Train};
+use crate::cli::{MemoryLimit, Precision, Quickstart, Resume, RunArguments, Train};
 use crate::commands::sample::{self, Drawing};
 use crate::output::Target;
 use crate::sampling::{self, SamplingSettings};
+use crate::signals::Signals;
 use crate::source::{self, Opening};
 
 /// The recipe of the quick start, inside the binary.
@@ -29,28 +31,87 @@ const DIGITS: &str = include_str!("../../../recipes/digits.yaml");
 /// Samples of the quick start's picture: ten of each class.
 const QUICKSTART_SAMPLES: usize = 100;
 
+/// Keys of a recipe that flags stand for, or that a run's folder decides.
+const DEVICE: &str = "device";
+const STEPS: &str = "train.steps";
+const LIMIT: &str = "memory_limit";
+const OUTPUT: &str = "output";
+/// The word for no limit.
+const NO_LIMIT: &str = "none";
+/// In the error of every device.
+const LIMIT_REACHED: &str = "the memory limit is reached";
+
 pub fn train(arguments: &Train) -> Result<ExitCode> {
-    let mut recipe = Recipe::load(&arguments.recipe, &changes(&arguments.run))?;
-    recipe.memory_limit = arguments.run.memory_limit.or(recipe.memory_limit);
+    let path = &arguments.recipe;
+    if path.is_dir() {
+        let path = path.display();
+        match run::recipe_path(&arguments.recipe).is_file() {
+            true => bail!("{path} is a run folder, not a recipe; to continue it: anneal resume {path}"),
+            false => bail!("{path} is a folder, not a recipe file"),
+        }
+    }
+    let recipe = Recipe::load(path, &changes(&arguments.run)?)?;
     if arguments.plan {
         return plan(&recipe);
     }
-    let (report, code) = run_recipe(&recipe, arguments.run.quiet, false)?;
-    print_report(&recipe, &report);
-    Ok(code)
+    run_recipe(&recipe, arguments.run.quiet, false)
+        .map(|(report, code)| tell(&recipe, &report, code))
+        .map_err(|error| with_limit(error, &recipe, &arguments.run, path))
 }
 
 /// The changes of a recipe: those given as keys, then those that flags stand for.
-fn changes(arguments: &RunArguments) -> Vec<String> {
+fn changes(arguments: &RunArguments) -> Result<Vec<String>> {
+    let steps = arguments.steps.map(|steps| steps.to_string());
+    let limit = arguments.memory_limit.map(|MemoryLimit(limit)| limit.map(|limit| limit.to_string()));
+    let limit = limit.map(|limit| limit.unwrap_or_else(|| NO_LIMIT.to_owned()));
+    let flags = [
+        ("--device", DEVICE, &arguments.device),
+        ("--steps", STEPS, &steps),
+        ("--memory-limit", LIMIT, &limit),
+    ];
     let mut changes = arguments.overrides.clone();
-    changes.extend(arguments.device.as_deref().map(on_device));
-    changes.extend(arguments.steps.map(|steps| format!("train.steps={steps}")));
-    changes
+    for (flag, key, value) in flags {
+        let Some(value) = value else { continue };
+        let change = match (key, value.as_str()) {
+            (DEVICE, device) => on_device(device),
+            (LIMIT, NO_LIMIT) => format!("{LIMIT}=null"),
+            (key, value) => format!("{key}={value}"),
+        };
+        let is_same = |other: &str| change == format!("{key}={other}") || value == other;
+        let other =
+            arguments.overrides.iter().find(|text| value_of(text, key).is_some_and(|other| !is_same(other)));
+        if let Some(other) = other {
+            bail!("{flag} {value} and {other} say different things of one setting: give one of them");
+        }
+        changes.push(change);
+    }
+    Ok(changes)
+}
+
+/// The value that a change `KEY=VALUE` gives to this key.
+fn value_of<'a>(change: &'a str, key: &str) -> Option<&'a str> {
+    let (changed, value) = change.split_once('=')?;
+    (changed.trim() == key).then_some(value.trim())
 }
 
 /// The change of a recipe that a flag `--device` stands for.
 fn on_device(device: &str) -> String {
-    format!("device={}", serde_json::Value::from(device))
+    format!("{DEVICE}={}", serde_json::Value::from(device))
+}
+
+/// Adds to the error of a limit that is reached where the limit comes from: often an earlier start, which it was kept of.
+fn with_limit(error: Error, recipe: &Recipe, arguments: &RunArguments, file: &Path) -> Error {
+    // Errors of samples, and those of other crates' enums, carry the device's as text.
+    let Some(limit) = recipe.memory_limit.filter(|_| format!("{error:#}").contains(LIMIT_REACHED)) else {
+        return error;
+    };
+    let change = arguments.overrides.iter().rfind(|text| value_of(text, LIMIT).is_some());
+    let origin = match (arguments.memory_limit, change) {
+        (Some(_), _) => format!("--memory-limit {limit}"),
+        (None, Some(change)) => change.clone(),
+        (None, None) => format!("{LIMIT}: {limit} in {}", file.display()),
+    };
+    anyhow!("{error:#}\nThe limit is that of {origin}; --memory-limit {NO_LIMIT} takes it away")
 }
 
 /// Says what would be trained; fails where training would, except that data and GPU may be those of another machine.
@@ -81,18 +142,28 @@ fn check_device(recipe: &Recipe) -> Result<Option<String>> {
 }
 
 pub fn resume(arguments: &Resume) -> Result<ExitCode> {
+    let folder = arguments.folder.display();
     let path = run::recipe_path(&arguments.folder);
-    if !path.is_file() {
-        bail!("{} is no run folder: it has no recipe.yaml", arguments.folder.display());
+    if arguments.folder.is_file() {
+        bail!("{folder} is a file, not a run folder; to train by a recipe: anneal train {folder}");
     }
-    let mut overrides = changes(&arguments.run);
-    let changed_recipe = !overrides.is_empty();
-    overrides.push(format!("output={}", serde_json::to_string(&arguments.folder)?));
-    let mut recipe = Recipe::load(&path, &overrides)?;
-    recipe.memory_limit = arguments.run.memory_limit.or(recipe.memory_limit);
-    let (report, code) = run_recipe(&recipe, arguments.run.quiet, changed_recipe)?;
-    print_report(&recipe, &report);
-    Ok(code)
+    if !arguments.folder.exists() {
+        bail!("there is no run folder {folder}");
+    }
+    if !path.is_file() {
+        bail!("{folder} is no run folder: it has no recipe.yaml");
+    }
+    if let Some(change) = arguments.run.overrides.iter().find(|text| value_of(text, OUTPUT).is_some()) {
+        bail!(
+            "{change}: a run is continued in its own folder; to go on elsewhere, copy {folder} and resume the copy"
+        );
+    }
+    let mut overrides = changes(&arguments.run)?;
+    overrides.push(format!("{OUTPUT}={}", serde_json::to_string(&arguments.folder)?));
+    let recipe = Recipe::load(&path, &overrides)?;
+    run_recipe(&recipe, arguments.run.quiet, true)
+        .map(|(report, code)| tell(&recipe, &report, code))
+        .map_err(|error| with_limit(error, &recipe, &arguments.run, &path))
 }
 
 pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
@@ -102,7 +173,7 @@ pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
     let mut recipe = Recipe::from_yaml(DIGITS, "recipes/digits.yaml", &overrides)?;
     recipe.memory_limit = arguments.memory_limit.or(recipe.memory_limit);
     let (report, code) = run_recipe(&recipe, false, false)?;
-    print_report(&recipe, &report);
+    let code = tell(&recipe, &report, code);
     if code != ExitCode::SUCCESS {
         return Ok(code);
     }
@@ -124,37 +195,19 @@ pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
     Ok(code)
 }
 
-fn run_recipe(recipe: &Recipe, quiet: bool, changed_recipe: bool) -> Result<(RunReport, ExitCode)> {
-    let (stop, signal) = catch_signals()?;
+fn run_recipe(recipe: &Recipe, quiet: bool, own_recipe: bool) -> Result<(RunReport, ExitCode)> {
+    let signals = Signals::catch()?;
     let (model, _) = Dit::new(&settings::model_config(recipe)?)?;
     let model = Arc::new(model);
     let preview = |store, progress: &mut DrawingProgress| {
         sampling::preview(recipe, model.clone(), store, progress).map_err(|error| format!("{error:#}"))
     };
     let show = if quiet { Show::Nothing } else { Show::Auto };
-    let report =
-        run::run(recipe, &RunOptions { show, stop: stop.clone(), preview: &preview, changed_recipe })?;
+    let stop = signals.stop.clone();
+    let report = run::run(recipe, &RunOptions { show, stop, preview: &preview, own_recipe })?;
     // Nothing is left to be saved: the next signal ends the process at once.
-    stop.store(true, Ordering::Relaxed);
-    let code = match signal.load(Ordering::Relaxed) {
-        0 => ExitCode::SUCCESS,
-        signal => ExitCode::from(128 + signal as u8),
-    };
-    Ok((report, code))
-}
-
-/// A flag that the first Ctrl-C or SIGTERM sets, and which of them it was. A second one ends the process.
-fn catch_signals() -> Result<(Arc<AtomicBool>, Arc<AtomicUsize>)> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let which = Arc::new(AtomicUsize::new(0));
-    for signal in [SIGINT, SIGTERM] {
-        // The order matters: a signal that finds the flag already set ends the process.
-        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.clone())
-            .and_then(|_| signal_hook::flag::register_usize(signal, which.clone(), signal as usize))
-            .and_then(|_| signal_hook::flag::register(signal, stop.clone()))
-            .context("the operating system refused a signal handler")?;
-    }
-    Ok((stop, which))
+    signals.stop.store(true, Ordering::Relaxed);
+    Ok((report, signals.exit_code()))
 }
 
 /// The command that this process was started with, ready to be pasted: it also names the changes to the recipe.
@@ -170,31 +223,41 @@ fn this_command() -> String {
     std::iter::once("anneal".to_owned()).chain(arguments).collect::<Vec<_>>().join(" ")
 }
 
-fn print_report(recipe: &Recipe, report: &RunReport) {
+/// Says how a run ended. A terminal that was closed takes nothing more, which is no error: what matters is saved.
+fn tell(recipe: &Recipe, report: &RunReport, code: ExitCode) -> ExitCode {
+    let _ = writeln!(std::io::stdout(), "{}", ending(recipe, report));
+    code
+}
+
+fn ending(recipe: &Recipe, report: &RunReport) -> String {
     let folder = report.folder.display();
     if report.stopped {
         let (step, steps) = (report.steps, recipe.train.steps);
         if step == 0 {
-            println!("stopped before the first step: nothing is trained or saved");
-            println!("start again with: {}", this_command());
-            return;
+            return format!(
+                "stopped before the first step: nothing is trained or saved\nstart again with: {}",
+                this_command()
+            );
         }
         let when = match report.samples {
             SamplesReport::Left => format!("before the samples of step {step} of {steps} were drawn"),
             _ => format!("after step {step} of {steps}"),
         };
-        println!("stopped {when}; a checkpoint is saved in {folder}");
-        println!("continue with: {}", this_command());
-        return;
+        return format!(
+            "stopped {when}; a checkpoint is saved in {folder}\ncontinue with: {}",
+            this_command()
+        );
     }
     let Some(loss) = report.last_loss else {
         let done = match report.samples {
             SamplesReport::MadeUp => "its samples are drawn now",
             _ => "nothing to do",
         };
-        println!("{folder} was already complete at step {}; {done}", report.steps);
-        println!("train it longer with: anneal resume {folder} train.steps={}", 2 * recipe.train.steps);
-        return;
+        return format!(
+            "{folder} was already complete at step {}; {done}\ntrain it longer with: anneal resume {folder} train.steps={}",
+            report.steps,
+            2 * recipe.train.steps
+        );
     };
     // The time is that of this start, and so are the steps before it.
     let steps = match report.steps_before {
@@ -204,11 +267,13 @@ fn print_report(recipe: &Recipe, report: &RunReport) {
             format!("{more}, {} in all,", summary::count(report.steps))
         }
     };
-    println!(
-        "trained {steps} in {} ({:.0} images/s, peak memory {}), last loss {loss:.4}",
+    let kept = ["checkpoints", "metrics.jsonl", "loss.png", "samples"];
+    let kept: Vec<&str> = kept.into_iter().filter(|name| report.folder.join(name).exists()).collect();
+    format!(
+        "trained {steps} in {} ({:.0} images/s, peak memory {}), last loss {loss:.4}\nrun folder: {folder}   ({})",
         summary::duration(report.training),
         report.images_per_second,
-        summary::bytes(report.peak_memory as u64)
-    );
-    println!("run folder: {folder}   (checkpoints, metrics.jsonl, loss.png, samples)");
+        summary::bytes(report.peak_memory as u64),
+        kept.join(", ")
+    )
 }

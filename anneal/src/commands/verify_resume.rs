@@ -2,9 +2,11 @@
 
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use anneal_models::dit::Dit;
 use anneal_recipe::Recipe;
+use anneal_train::TrainError;
 use anneal_train::report::summary::{self, Align, Table};
 use anneal_train::run::DrawingProgress;
 use anneal_train::settings;
@@ -13,6 +15,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cli::VerifyResume;
 use crate::sampling;
+use crate::signals::Signals;
 
 /// Samples compared; a few show a difference as well as many.
 const SAMPLES: usize = 8;
@@ -26,13 +29,29 @@ pub fn verify_resume(arguments: &VerifyResume) -> Result<ExitCode> {
     }
     let options =
         VerifyOptions { steps: arguments.steps, stop_at: arguments.stop_at.unwrap_or(arguments.steps / 2) };
-    let scratch = tempfile::tempdir().context("no temporary folder for the checkpoint")?;
-    let (model, _) = Dit::new(&settings::model_config(&recipe)?)?;
+    let signals = Signals::catch()?;
+    match compare(arguments, &recipe, options, &signals.stop) {
+        Ok(code) => Ok(code),
+        // The folder is removed by now.
+        Err(error) if matches!(error.downcast_ref(), Some(TrainError::Stopped)) => Ok(signals.exit_code()),
+        Err(error) => Err(error),
+    }
+}
+
+fn compare(
+    arguments: &VerifyResume,
+    recipe: &Recipe,
+    options: VerifyOptions,
+    stop: &AtomicBool,
+) -> Result<ExitCode> {
+    let scratch = tempfile::Builder::new().prefix("anneal-verify-").tempdir();
+    let scratch = scratch.context("no temporary folder for the checkpoint")?;
+    let (model, _) = Dit::new(&settings::model_config(recipe)?)?;
     let model = Arc::new(model);
     let preview = |store, progress: &mut DrawingProgress| {
-        sampling::preview(&recipe, model.clone(), store, progress).map_err(|error| format!("{error:#}"))
+        sampling::preview(recipe, model.clone(), store, progress).map_err(|error| format!("{error:#}"))
     };
-    let changed = match settings::on_gpu(&recipe) {
+    let changed = match settings::on_gpu(recipe) {
         true => "with another number of workers and without captured steps",
         false => "with other numbers of workers and threads",
     };
@@ -40,7 +59,7 @@ pub fn verify_resume(arguments: &VerifyResume) -> Result<ExitCode> {
         "{}: {} steps without a stop, against a stop after step {} {changed}",
         recipe.name, options.steps, options.stop_at
     );
-    let comparisons = verify(&recipe, options, scratch.path(), &preview)?;
+    let comparisons = verify(recipe, options, scratch.path(), &preview, stop)?;
     let mut table =
         Table::new([("compared", Align::Left), ("numbers", Align::Right), ("different bits", Align::Right)]);
     for comparison in &comparisons {
@@ -55,8 +74,8 @@ pub fn verify_resume(arguments: &VerifyResume) -> Result<ExitCode> {
         bail!("the continued run differs from the uninterrupted one");
     }
     println!("bit-identical");
-    if settings::on_gpu(&recipe) {
-        let [free, deterministic] = cost_of_determinism(&recipe, arguments.steps)?;
+    if settings::on_gpu(recipe) {
+        let [free, deterministic] = cost_of_determinism(recipe, arguments.steps, stop)?;
         println!(
             "deterministic kernels: {:.2} ms a step; chosen freely: {:.2} ms ({:+.1} %)",
             deterministic * 1e3,
