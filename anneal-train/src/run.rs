@@ -31,7 +31,8 @@ const RECIPE: &str = "recipe.yaml";
 const PLAN: &str = "plan.txt";
 const METRICS: &str = "metrics.jsonl";
 
-/// Steps skipped in a row that are a divergence where the last one's loss is not finite either, and no step comes after.
+/// Steps skipped in a row that are a divergence where the last one's loss is not finite either, and no step comes after;
+/// fewer if they are all but the first.
 const DIVERGED_AT_END: u64 = 3;
 
 /// Samples to show: f32 in [-1, 1], `[N, C, H, W]`.
@@ -332,7 +333,7 @@ impl<'a> Run<'a> {
     fn check_end(&self) -> Result<()> {
         let Some(last) = &self.last else { return Ok(()) };
         let (step, skipped) = (last.step, self.trainer.outcomes.skipped);
-        if !last.loss.is_finite() && skipped.in_a_row >= DIVERGED_AT_END.min(step) {
+        if !last.loss.is_finite() && skipped.in_a_row >= DIVERGED_AT_END.min(step - 1).max(1) {
             return Err(TrainError::Diverged { in_a_row: skipped.in_a_row, step });
         }
         let finite = if last.loss.is_finite() { "" } else { "the last loss is not finite; " };

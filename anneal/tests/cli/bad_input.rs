@@ -43,7 +43,7 @@ fn missing_files_are_named_once() {
     folder.train("run", &["data.kind=image_folder"]).fails(&["data.path is missing"]);
     folder.anneal(&["sample", "nowhere"]).fails(&["nowhere does not exist"]);
     folder.anneal(&["inspect", "nowhere"]).fails(&["nowhere does not exist"]);
-    folder.anneal(&["resume", "nowhere"]).fails(&["nowhere is no run folder", "recipe.yaml"]);
+    folder.anneal(&["resume", "nowhere"]).fails(&["there is no run folder nowhere"]);
 }
 
 #[test]
@@ -90,6 +90,64 @@ fn a_memory_limit_stops_a_run_with_a_table_by_purpose() {
     }
 }
 
+/// `train` wants a recipe and `resume` a folder.
+#[test]
+fn train_and_resume_point_to_each_other() {
+    let folder = Folder::new();
+    folder.train("run", &[]).succeeds(&[]);
+    folder.write("empty/note", b"mine");
+    let commands = [
+        (["train", "run"], "run is a run folder, not a recipe; to continue it: anneal resume run"),
+        (["train", "empty"], "empty is a folder, not a recipe file"),
+        (["resume", "tiny.yaml"], "to train by a recipe: anneal train tiny.yaml"),
+        (["resume", "empty"], "empty is no run folder: it has no recipe.yaml"),
+    ];
+    for (command, words) in commands {
+        folder.anneal(&command).fails(&[words]);
+    }
+    let elsewhere = folder.anneal(&["resume", "run", "--steps", "8", "output=elsewhere"]);
+    elsewhere.fails(&["output=elsewhere: a run is continued in its own folder"]);
+}
+
+#[test]
+fn a_flag_and_a_key_that_contradict_each_other_are_refused() {
+    let folder = Folder::new();
+    for [flag, value, change] in [
+        ["--steps", "6", "train.steps=9"],
+        ["--device", "cpu", "device=cpu:1"],
+        ["--memory-limit", "1GiB", "memory_limit=2MiB"],
+        ["--memory-limit", "none", "memory_limit=1GiB"],
+    ] {
+        let refused = format!("{flag} {value} and {change} say different things of one setting");
+        folder.train("run", &[flag, value, change]).fails(&[&refused]);
+    }
+    let same = ["--steps", "3", "train.steps=3", "--device", "cpu:1", "device=cpu:1"];
+    folder
+        .train("run", &[&same[..], &["--memory-limit", "none", "memory_limit=null"]].concat())
+        .succeeds(&[]);
+}
+
+/// Fewer steps than the limit of skipped ones in a row must not pass for a success.
+#[test]
+fn training_that_ends_in_divergence_says_so() {
+    let folder = Folder::new();
+    let wild = "optim.lr=1e30";
+    let diverged = "5 steps in a row had a gradient that is not finite (step 6): training has diverged";
+    folder.train("run", &[wild]).fails(&[diverged]);
+    assert!(!folder.path("run/checkpoints/step-00000006").exists());
+    folder.train("two", &[wild, "train.steps=2"]).fails(&["1 step in a row", "training has diverged"]);
+    let fine = folder.train("fine", &["train.steps=1"]).succeeds(&["trained 1 step"]);
+    assert!(fine.err.is_empty(), "{fine:#?}");
+}
+
+#[test]
+fn the_end_of_a_run_names_what_is_there() {
+    let folder = Folder::new();
+    folder.train("one", &["train.steps=1"]).succeeds(&["run folder: one   (checkpoints, metrics.jsonl)\n"]);
+    let all = "run folder: run   (checkpoints, metrics.jsonl, loss.png, samples)\n";
+    folder.train("run", &["sample.every=6"]).succeeds(&[all]);
+}
+
 /// Else the next command would take an empty folder for a run.
 #[test]
 fn a_start_that_fails_leaves_no_folder() {
@@ -113,7 +171,7 @@ fn a_start_that_fails_leaves_no_folder() {
     }
     folder.write("run/note", b"mine");
     folder.train("run", &["memory_limit=200KiB"]).fails(&["bytes of activations"]);
-    assert_eq!(folder.read("run/note"), b"mine");
+    assert_eq!(folder.names("run"), ["note"]);
     let diverged = ["optim.lr=1e30", "train.nonfinite_limit=1", "train.checkpoint.every=100"];
     folder.train("diverged", &diverged).fails(&["training has diverged"]);
     assert_eq!(folder.text("diverged/metrics.jsonl").lines().count(), 2, "what was trained stays");

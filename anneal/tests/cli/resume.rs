@@ -83,7 +83,7 @@ fn a_killed_run_continues_with_the_same_bits() {
 fn a_signal_saves_a_checkpoint_and_says_how_to_continue() {
     let folder = Folder::new();
     folder.train("whole", &LONG).succeeds(&[]);
-    for (signal, code) in [("INT", 130), ("TERM", 143)] {
+    for (signal, code) in [("INT", 130), ("HUP", 129), ("TERM", 143)] {
         // A checkpoint of the other signal's run would let the signal come before the handler.
         let _ = std::fs::remove_dir_all(folder.path("run"));
         let mut running = folder.spawn_train("run", &LONG);
@@ -108,6 +108,69 @@ fn a_signal_saves_a_checkpoint_and_says_how_to_continue() {
     }
     folder.anneal(&["resume", "run", "--quiet"]).succeeds(&[" more steps, 2,000 in all, in "]);
     assert_same_run(&folder, "whole", "run", LAST);
+}
+
+#[test]
+fn a_terminal_that_closes_does_not_stop_a_run_under_nohup() {
+    let folder = Folder::new();
+    let script = "\"$ANNEAL\" train tiny.yaml --quiet output=run train.steps=500 &
+        while [ ! -d run/checkpoints/step-00000004 ]; do sleep 0.01; done
+        kill -HUP $!
+        wait $!";
+    folder.script(&["nohup"], script).succeeds(&["trained 500 steps"]);
+}
+
+/// The start that was to train it longer has written the run's recipe, and no checkpoint.
+#[test]
+fn a_run_made_longer_and_killed_continues_by_its_own_recipe() {
+    let folder = Folder::new();
+    let longer = ["train.steps=2000", "train.checkpoint.every=100000", "sample.every=500"];
+    folder.train("whole", &longer).succeeds(&["trained 2,000 steps"]);
+    let same_words = [&["train", "tiny.yaml", "output=run"], &longer[..]].concat();
+    for command in [&["resume", "run"][..], &same_words] {
+        let _ = std::fs::remove_dir_all(folder.path("run"));
+        folder.train("run", &[]).succeeds(&["trained 6 steps"]);
+        let mut running = folder.spawn(&[&["resume", "run"], &longer[..]].concat());
+        running.wait_for(&folder.path("run/samples/step-00000500.png"));
+        running.signal("KILL");
+        assert_eq!(running.finish().status.signal(), Some(9), "it must be stopped in the middle");
+        let other = folder.train("run", &["train.steps=1000"]);
+        other.fails(&["run was made by another recipe", "train.steps: 2000 -> 1000"]);
+        let fixed = folder.anneal(&["resume", "run", "model.depth=2"]);
+        fixed.fails(&["run was made by another recipe", "model.depth: 1 -> 2", "with the old values"]);
+        let words =
+            ["continues with train.steps=2000 (the checkpoint: 6)\n", "1,994 more steps, 2,000 in all"];
+        folder.anneal(command).succeeds(&words);
+        assert_same_checkpoint(&folder, "whole", "run", 2000);
+    }
+}
+
+/// What it was to train with would else be the run's from then on, the cause of the failure included.
+#[test]
+fn a_resume_that_fails_changes_nothing_and_says_how_to_lift_the_limit() {
+    let folder = Folder::new();
+    folder.train("run", &[]).succeeds(&[]);
+    let files = || {
+        let texts =
+            ["recipe.yaml", "plan.txt", "metrics.jsonl"].map(|name| folder.text(&format!("run/{name}")));
+        (folder.names("run"), texts)
+    };
+    let before = files();
+    let limits: [(&[&str], &str); 2] = [
+        (&["--memory-limit", "200KiB"], "The limit is that of --memory-limit 200KiB; "),
+        (&["memory_limit=200KiB"], "The limit is that of memory_limit=200KiB; "),
+    ];
+    let longer = ["resume", "run", "--quiet", "--steps", "12"];
+    for (limit, origin) in limits {
+        folder.anneal(&[&longer, limit].concat()).fails(&["bytes of activations", origin]);
+        assert_eq!(files(), before, "{limit:?}");
+    }
+    let recipe = before.1[0].replace("memory_limit: null", "memory_limit: 200KiB");
+    folder.write("run/recipe.yaml", recipe.as_bytes());
+    let origin = "memory_limit: 200KiB in run/recipe.yaml; --memory-limit none takes it away";
+    folder.anneal(&longer).fails(&[origin]);
+    folder.anneal(&[&longer[..], &["--memory-limit", "none"]].concat()).succeeds(&["6 more steps"]);
+    assert!(folder.text("run/recipe.yaml").contains("memory_limit: null"));
 }
 
 /// The start waits for who reads its lock, which is a pipe here, until the signal has come.
@@ -283,6 +346,20 @@ fn verify_resume_finds_the_same_bits() {
         "flow.yaml",
         &["optim.clip=1", "ema.rates=[0.9, 0.99]", "train.accumulate=2", "train.precision=bf16"],
     );
+}
+
+/// A large model's checkpoint is gigabytes.
+#[test]
+fn verify_resume_takes_its_folder_away_when_it_is_stopped() {
+    let folder = Folder::new();
+    let script = "mkdir tmp; export TMPDIR=\"$PWD/tmp\"
+        \"$ANNEAL\" verify-resume tiny.yaml --steps 1000000 --stop-at 4 &
+        while [ -z \"$(ls tmp)\" ]; do sleep 0.01; done
+        ls tmp
+        kill -TERM $!
+        wait $!";
+    folder.script(&["env"], script).ends(143, &["anneal-verify-"]);
+    assert!(folder.names("tmp").is_empty());
 }
 
 #[test]
