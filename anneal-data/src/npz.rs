@@ -9,7 +9,7 @@
 use crate::DataError;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufWriter, Cursor, Read, Seek, Write};
+use std::io::{BufWriter, Cursor, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 /// The elements of an array, in C order.
@@ -201,7 +201,7 @@ pub fn write_npy(path: &Path, array: &Array) -> Result<(), DataError> {
 /// Writes arrays under their names as one `.npz`.
 pub fn write_npz(path: &Path, arrays: &[(&str, &Array)]) -> Result<(), DataError> {
     replace_file(path, |file| {
-        let mut archive = zip::ZipWriter::new(BufWriter::new(file));
+        let mut archive = zip::ZipWriter::new(FirstError::new(BufWriter::new(file)));
         for (name, array) in arrays {
             // A zip member above 4 GiB needs its long form; 16 bytes an element is an upper bound.
             let options = zip::write::SimpleFileOptions::default()
@@ -230,6 +230,65 @@ pub fn write_samples(
     let mut arrays = vec![("arr_0", &images)];
     arrays.extend(labels.as_ref().map(|labels| ("arr_1", labels)));
     write_npz(path, &arrays)
+}
+
+/// Tells of the first error alone; what comes after it goes nowhere. A zip writer that is dropped unfinished tries to write
+/// its end, and prints on standard error what it meets.
+struct FirstError<W> {
+    inner: W,
+    failed: bool,
+    position: u64,
+    length: u64,
+}
+
+impl<W: Write + Seek> FirstError<W> {
+    /// Over a file that is empty.
+    fn new(inner: W) -> Self {
+        Self { inner, failed: false, position: 0, length: 0 }
+    }
+
+    fn noting<T>(&mut self, result: std::io::Result<T>) -> std::io::Result<T> {
+        self.failed |= result.as_ref().is_err_and(|error| error.kind() != ErrorKind::Interrupted);
+        result
+    }
+}
+
+impl<W: Write + Seek> Write for FirstError<W> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let count = match self.failed {
+            true => bytes.len(),
+            false => {
+                let written = self.inner.write(bytes);
+                self.noting(written)?
+            }
+        };
+        self.position += count as u64;
+        self.length = self.length.max(self.position);
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        if self.failed {
+            return Ok(());
+        }
+        let flushed = self.inner.flush();
+        self.noting(flushed)
+    }
+}
+
+impl<W: Write + Seek> Seek for FirstError<W> {
+    fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
+        self.position = match (self.failed, to) {
+            (false, _) => {
+                let sought = self.inner.seek(to);
+                self.noting(sought)?
+            }
+            (true, SeekFrom::Start(position)) => position,
+            (true, SeekFrom::Current(by)) => self.position.saturating_add_signed(by),
+            (true, SeekFrom::End(by)) => self.length.saturating_add_signed(by),
+        };
+        Ok(self.position)
+    }
 }
 
 /// Writes beside the target and renames, so that a full disk leaves the old file whole.

@@ -35,6 +35,17 @@ impl Purpose {
             Purpose::Workspace => "workspace",
         }
     }
+
+    /// What helps where it does not fit.
+    fn advice(self) -> &'static str {
+        match self {
+            Purpose::Weights => "choose a smaller model",
+            Purpose::Gradients | Purpose::Optimizer => "choose a smaller model or fewer ema.rates",
+            Purpose::Activations | Purpose::Workspace => {
+                "use a smaller batch, or in training train.accumulate or model.checkpoint_activations=true"
+            }
+        }
+    }
 }
 
 /// Bytes by purpose, and what the allocator holds in all.
@@ -77,13 +88,15 @@ impl MemoryStatistics {
 /// The table that an out-of-memory error shows.
 impl std::fmt::Display for MemoryStatistics {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mebibytes = |bytes: usize| bytes as f64 / f64::from(1 << 20);
-        writeln!(out, "{:<12} {:>12} {:>12}", "memory", "now MiB", "peak MiB")?;
+        // Of small models, most would be 0.0 MiB.
+        let (unit, size) = if self.peak_total < 16 << 20 { ("KiB", 1 << 10) } else { ("MiB", 1 << 20) };
+        let in_units = |bytes: usize| bytes as f64 / f64::from(size);
+        writeln!(out, "{:<12} {:>12} {:>12}", "memory", format!("now {unit}"), format!("peak {unit}"))?;
         for purpose in Purpose::ALL {
             let (now, peak) = (self.in_use[purpose as usize], self.peak[purpose as usize]);
-            writeln!(out, "{:<12} {:>12.1} {:>12.1}", purpose.name(), mebibytes(now), mebibytes(peak))?;
+            writeln!(out, "{:<12} {:>12.1} {:>12.1}", purpose.name(), in_units(now), in_units(peak))?;
         }
-        write!(out, "{:<12} {:>12.1} {:>12.1}", "sum", mebibytes(self.total()), mebibytes(self.peak_total))
+        write!(out, "{:<12} {:>12.1} {:>12.1}", "sum", in_units(self.total()), in_units(self.peak_total))
     }
 }
 
@@ -129,10 +142,9 @@ impl Allocator {
     pub(crate) fn allocate(self: &Arc<Self>, bytes: usize, purpose: Purpose) -> Result<Buffer, DeviceError> {
         let wanted = round_up(bytes);
         let mut state = self.lock();
-        if self.limit.is_some_and(|limit| state.statistics.total() + wanted > limit) {
-            let hint =
-                "; the memory limit is reached: raise it, or use a smaller batch or activation checkpointing";
-            return Err(self.out_of_memory(&state.statistics, wanted, purpose, hint));
+        if let Some(limit) = self.limit.filter(|limit| state.statistics.total() + wanted > *limit) {
+            let why = format!("the memory limit of {limit} bytes is reached: raise it, or ");
+            return Err(self.out_of_memory(&state.statistics, wanted, purpose, &why));
         }
         let found = state
             .free
@@ -142,7 +154,7 @@ impl Allocator {
             Some(found) => found,
             None => {
                 let pointer = system_allocate(wanted).ok_or_else(|| {
-                    self.out_of_memory(&state.statistics, wanted, purpose, "; the machine has no more")
+                    self.out_of_memory(&state.statistics, wanted, purpose, "the machine has no more: ")
                 })?;
                 state.statistics.reserved += wanted;
                 state.statistics.cache_misses += 1;
@@ -159,14 +171,14 @@ impl Allocator {
         statistics: &MemoryStatistics,
         bytes: usize,
         purpose: Purpose,
-        hint: &str,
+        why: &str,
     ) -> DeviceError {
         DeviceError::OutOfMemory {
             device: self.device.clone(),
             bytes,
             purpose: purpose.name(),
             in_use: statistics.total(),
-            hint: format!("{hint}\n{statistics}"),
+            hint: format!("; {why}{}\n{statistics}", purpose.advice()),
         }
     }
 

@@ -8,7 +8,7 @@ use crate::error::Place;
 use crate::node::{self, Node, Origin, Value};
 use crate::read::{Problem, ReadError, Reader};
 use crate::suggest;
-use crate::{Recipe, RecipeError};
+use crate::{GuidanceMode, Recipe, RecipeError};
 
 impl Recipe {
     /// Reads the file, lays the overrides (`optim.lr=2e-4`, `ema.rates=[0.99, 0.999]`, `optim.clip=null`) over it in
@@ -26,6 +26,7 @@ impl Recipe {
         for text in overrides {
             apply_override(&mut tree, text)?;
         }
+        expand_guidance_mode(&mut tree, file)?;
         fill_dependent_defaults(&mut tree, file);
         let recipe = Recipe::deserialize(Reader(&tree)).map_err(|error| explain(error, file, &tree))?;
         match recipe.validate() {
@@ -113,6 +114,29 @@ fn fill_dependent_defaults(tree: &mut Node, file: &str) {
     }
     let sampler = if is_flow(tree) { "flow_euler" } else { "ddim" };
     set_default(tree, "sample", "sampler", Value::Text(sampler.into()));
+}
+
+/// Writes out a guidance mode in the short form of the command line: `interval:0.2:0.8` as `{interval: {low: 0.2, high: 0.8}}`.
+fn expand_guidance_mode(tree: &mut Node, file: &str) -> Result<(), RecipeError> {
+    let Some(node) = tree.get("sample").and_then(|sample| sample.get("guidance_mode")) else { return Ok(()) };
+    let origin = node.origin;
+    let short = match &node.value {
+        // A mode that has numbers, without them; other plain names are read as such.
+        Value::Text(text) if text.contains(':') || text == "interval" => text.clone(),
+        _ => return Ok(()),
+    };
+    let mode: GuidanceMode = short.parse().map_err(|reason| {
+        let problem = format!("sample.guidance_mode: {reason} ({})", place(Some(origin), file));
+        RecipeError::Invalid { problems: vec![problem] }
+    })?;
+    let written = serde_saphyr::to_string(&mode).expect("a mode holds only names and numbers");
+    let mut expanded = node::parse(&written, file)?;
+    expanded.set_origin(origin);
+    if let Some(place) = tree.entry("sample", origin).and_then(|sample| sample.entry("guidance_mode", origin))
+    {
+        *place = expanded;
+    }
+    Ok(())
 }
 
 fn place(origin: Option<Origin>, file: &str) -> Place {

@@ -161,7 +161,7 @@ pub struct Sample {
     /// Strength of classifier-free guidance; 1 is none.
     #[serde(default = "unit")]
     pub guidance: f64,
-    /// Where and to what guidance applies.
+    /// Where and to what guidance applies; in a recipe also as on the command line, `interval:0.2:0.8`.
     #[serde(default)]
     pub guidance_mode: GuidanceMode,
     /// Rate of the average to draw from, one of `ema.rates`. Null: the first, or the weights themselves if there is none.
@@ -227,4 +227,33 @@ pub enum GuidanceMode {
 
 fn default_power() -> f64 {
     4.0
+}
+
+/// From the short form: `all`, `first_three`, `interval:LOW:HIGH`, `power_cosine` or `power_cosine:POWER`.
+impl std::str::FromStr for GuidanceMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(':').map(str::trim);
+        let name = parts.next().unwrap_or_default();
+        let numbers = parts
+            .map(|part| part.parse().map_err(|_| format!("'{part}' in '{text}' is not a number")))
+            .collect::<Result<Vec<f64>, String>>()?;
+        let form = match (name, numbers.as_slice()) {
+            ("all", []) => return Ok(GuidanceMode::All),
+            ("first_three", []) => return Ok(GuidanceMode::FirstThree),
+            ("interval", &[low, high]) => return Ok(GuidanceMode::Interval { low, high }),
+            ("power_cosine", []) => return Ok(GuidanceMode::PowerCosine { power: default_power() }),
+            ("power_cosine", &[power]) => return Ok(GuidanceMode::PowerCosine { power }),
+            ("all" | "first_three", _) => name,
+            ("interval", _) => "interval:LOW:HIGH",
+            ("power_cosine", _) => "power_cosine:POWER",
+            _ => {
+                return Err(format!(
+                    "unknown guidance mode '{text}': choose all, first_three, interval:LOW:HIGH or power_cosine:POWER"
+                ));
+            }
+        };
+        Err(format!("guidance mode '{text}': write it as {form}"))
+    }
 }

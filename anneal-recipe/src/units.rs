@@ -6,13 +6,16 @@ use std::str::FromStr;
 use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// A number of bytes, written `512MiB`, `8GiB`, `64KiB` or as a plain number of bytes.
+/// A number of bytes, written `512MiB`, `8GiB`, `0.5GiB`, in powers of 1000 as `8GB`, or as a plain number of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ByteSize(pub u64);
 
 const UNITS: [(&str, u64); 5] =
     [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
-const BYTE_SIZE_FORM: &str = "a byte size such as 512MiB or 8GiB";
+/// Read, but not written.
+const DECIMAL_UNITS: [(&str, u64); 4] =
+    [("TB", 1_000_000_000_000), ("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1000)];
+const BYTE_SIZE_FORM: &str = "a byte size such as 512MiB, 0.5GiB or 8GB";
 
 impl ByteSize {
     /// The size as the machine's index type; saturates where that is narrower than 64 bits.
@@ -26,19 +29,25 @@ impl FromStr for ByteSize {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let text = text.trim();
-        let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+        let is_of_number = |letter: char| letter.is_ascii_digit() || letter == '.';
+        let (number, unit) = text.split_at(text.find(|letter| !is_of_number(letter)).unwrap_or(text.len()));
         let unit = unit.trim();
         let factor = UNITS
             .iter()
+            .chain(&DECIMAL_UNITS)
             .find(|(name, _)| name.eq_ignore_ascii_case(unit) || unit.is_empty() && *name == "B")
             .map(|(_, factor)| *factor);
-        number
-            .parse::<u64>()
-            .ok()
-            .zip(factor)
-            .and_then(|(number, factor)| number.checked_mul(factor))
-            .map(ByteSize)
-            .ok_or_else(|| format!("'{text}' is not {BYTE_SIZE_FORM}"))
+        let bytes = factor.and_then(|factor| match number.parse::<u64>() {
+            Ok(number) => number.checked_mul(factor),
+            // A part of a byte is none.
+            Err(_) => number
+                .parse::<f64>()
+                .ok()
+                .map(|number| number * factor as f64)
+                .filter(|bytes| *bytes < u64::MAX as f64)
+                .map(|bytes| bytes as u64),
+        });
+        bytes.map(ByteSize).ok_or_else(|| format!("'{text}' is not {BYTE_SIZE_FORM}"))
     }
 }
 

@@ -24,7 +24,7 @@ pub enum TrainError {
     #[error("{message}")]
     Settings { message: String },
     #[error(
-        "{} in a row had a gradient that is not finite (step {step}): training has diverged; lower optim.lr, set optim.clip, or look for bad values in the data. The newest checkpoint is untouched",
+        "{} in a row had a gradient that is not finite (step {step}): training has diverged; lower optim.lr, set optim.clip, or look for bad values in the data. Checkpoints written before are untouched",
         crate::report::summary::plural(*in_a_row, "step")
     )]
     Diverged { in_a_row: u64, step: u64 },

@@ -13,9 +13,11 @@ mod outcomes;
 pub mod plan;
 pub mod report;
 pub mod run;
+mod run_folder;
 pub mod settings;
 pub mod state;
 pub mod trainer;
 pub mod verify;
 
 pub use error::{Result, TrainError};
+pub use run_folder::check_run_folder;

@@ -41,7 +41,7 @@ impl PredictedMemory {
     }
 
     pub fn total(&self) -> usize {
-        self.lasting() + self.activations
+        self.lasting().saturating_add(self.activations)
     }
 }
 
@@ -87,22 +87,34 @@ impl Plan {
     /// # Errors
     /// If it lies below what is known exactly, so that training cannot begin.
     pub fn check_limit(&self) -> Result<Option<String>> {
-        let Some(limit) = self.recipe.memory_limit.filter(|limit| limit.bytes() < self.memory.total()) else {
-            return Ok(None);
-        };
-        let bytes = |count: usize| summary::bytes(count as u64);
-        let lasting = self.memory.lasting();
-        if limit.bytes() < lasting {
+        let Some(limit) = self.recipe.memory_limit else { return Ok(None) };
+        self.compare(limit.0, &format!("the memory limit of {limit}"), "raise it, or ")
+    }
+
+    /// The same for the memory that the device has.
+    ///
+    /// # Errors
+    /// If that is less than what is known exactly.
+    pub fn check_memory(&self, there: u64) -> Result<Option<String>> {
+        let name = format!("the memory of {}, {},", self.recipe.device, summary::bytes(there));
+        self.compare(there, &name, "")
+    }
+
+    fn compare(&self, limit: u64, name: &str, first: &str) -> Result<Option<String>> {
+        let [lasting, total] = [self.memory.lasting(), self.memory.total()].map(|bytes| bytes as u64);
+        if limit < lasting {
             let message = format!(
-                "the memory limit of {limit} lies below the {} of weights, gradients, optimizer and averages: raise it, or choose a smaller model or fewer ema.rates",
-                bytes(lasting)
+                "{name} lies below the {} of weights, gradients, optimizer and averages: {first}choose a smaller model or fewer ema.rates",
+                summary::bytes(lasting)
             );
             return Err(TrainError::Settings { message });
         }
-        Ok(Some(format!(
-            "the memory limit of {limit} lies below the predicted sum of {}: raise it, or use a smaller batch, train.accumulate, or model.checkpoint_activations=true",
-            bytes(self.memory.total())
-        )))
+        Ok((limit < total).then(|| {
+            format!(
+                "{name} lies below the predicted sum of {}: {first}use a smaller batch, train.accumulate, or model.checkpoint_activations=true",
+                summary::bytes(total)
+            )
+        }))
     }
 
     fn model_line(&self) -> String {
@@ -124,10 +136,10 @@ impl Plan {
             parts => format!(" in {parts} passes"),
         };
         format!(
-            "{} of {} images{parts}, {} images in all",
+            "{} of {}{parts}, {} in all",
             summary::plural(train.steps as u64, "step"),
-            train.batch,
-            summary::count((train.steps * train.batch) as u64)
+            summary::plural(train.batch as u64, "image"),
+            summary::plural(train.steps.saturating_mul(train.batch) as u64, "image")
         )
     }
 }
@@ -140,26 +152,28 @@ impl Plan {
 /// of 4, and attention's logarithms of sums, one f32 number for each head.
 fn activations(recipe: &Recipe, config: &DitConfig, element: usize) -> usize {
     let Model::Dit(dit) = &recipe.model;
-    let rows = recipe.train.batch / recipe.train.accumulate;
-    let [height, width] = config.grid();
+    let number = |count: usize| count as f64;
+    // Any batch can be asked for: where whole numbers would overflow, these saturate.
+    let rows = number(recipe.train.batch / recipe.train.accumulate);
+    let [height, width] = config.grid().map(number);
     let tokens = rows * height * width;
-    let unit = config.hidden_size * element;
-    let hidden = config.mlp_hidden_size() * element;
+    let unit = number(config.hidden_size * element);
+    let hidden = number(config.mlp_hidden_size() * element);
+    let depth = number(config.depth);
     let block = match settings::on_gpu(recipe) {
-        true => tokens * (unit * 8 + hidden + config.heads * DType::F32.size()),
-        false => tokens * (unit * 10 + 2 * hidden),
+        true => tokens * (unit * 8.0 + hidden + number(config.heads * DType::F32.size())),
+        false => tokens * (unit * 10.0 + 2.0 * hidden),
     };
     let kept = match dit.checkpoint_activations {
-        true => tokens * unit * 2 * config.depth + block,
-        false => block * config.depth,
+        true => tokens * unit * 2.0 * depth + block,
+        false => block * depth,
     };
     // The gradients in flight at the deepest point, and what is kept outside the blocks.
-    let modulation = rows * unit * (6 * config.depth + 2);
+    let modulation = rows * unit * (6.0 * depth + 2.0);
     let image = tokens
-        * config.patch_size.pow(2)
-        * (config.output_channels() + 4 * config.channels)
-        * DType::F32.size();
-    kept + modulation + image + tokens * unit * 4
+        * number(config.patch_size.pow(2))
+        * number((config.output_channels() + 4 * config.channels) * DType::F32.size());
+    (kept + modulation + image + tokens * unit * 4.0) as usize
 }
 
 impl fmt::Display for Plan {

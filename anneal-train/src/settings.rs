@@ -114,12 +114,20 @@ pub fn compute_dtype(recipe: &Recipe) -> DType {
 /// Where a recipe computes, told what it may do with numbers.
 ///
 /// # Errors
-/// If there is no such device.
+/// If there is no such device, or it does not have the recipe's precision.
 pub fn device(recipe: &Recipe) -> Result<Device> {
     let device = Device::parse(&recipe.device, recipe.memory_limit.map(ByteSize::bytes))?;
-    if let Device::Cuda(cuda) = &device {
-        cuda.set_tf32(recipe.train.precision == Precision::Tf32);
-        cuda.set_deterministic(recipe.train.deterministic);
+    let tf32 = recipe.train.precision == Precision::Tf32;
+    match &device {
+        Device::Cuda(cuda) => {
+            cuda.set_tf32(tf32);
+            cuda.set_deterministic(recipe.train.deterministic);
+        }
+        Device::Cpu(_) if tf32 => {
+            let message = format!("the precision tf32 is for GPUs: on {} use fp32 or bf16", recipe.device);
+            return Err(TrainError::Settings { message });
+        }
+        Device::Cpu(_) => {}
     }
     Ok(device)
 }

@@ -214,7 +214,7 @@ const FREE: [&str; 17] = [
 const FIXED: [&str; 2] = ["model", "ema"];
 
 /// What was trained cannot be taken back, and a recipe that says so would no longer fit its checkpoints.
-fn check_steps(recipe: &Recipe, step: u64, run: &Path) -> Result<()> {
+pub(crate) fn check_steps(recipe: &Recipe, step: u64, run: &Path) -> Result<()> {
     let steps = recipe.train.steps as u64;
     if steps < step {
         return Err(TrainError::FewerSteps { run: run.display().to_string(), step, steps });
@@ -224,7 +224,7 @@ fn check_steps(recipe: &Recipe, step: u64, run: &Path) -> Result<()> {
 
 /// A start that ended before its first checkpoint may have changed the run's recipe since the last one: that is the run's
 /// word on what it trains, and the checkpoint's on what fits its tensors.
-fn check_same_recipe(saved: &Recipe, new: &Recipe, run: &Path, own: bool) -> Result<()> {
+pub(crate) fn check_same_recipe(saved: &Recipe, new: &Recipe, run: &Path, own: bool) -> Result<()> {
     let mut refused = trained_differences(saved, new);
     refused.retain(|line| is_under(line, &FIXED));
     let fixed = !refused.is_empty();

@@ -42,7 +42,9 @@ fn reason(cause: &io::Error) -> String {
         io::ErrorKind::NotFound => "no such file or folder".into(),
         io::ErrorKind::NotADirectory => "a part of the path is a file, not a folder".into(),
         io::ErrorKind::DirectoryNotEmpty => "the folder exists and is not empty".into(),
-        _ => cause.to_string(),
+        io::ErrorKind::IsADirectory => "it is a folder".into(),
+        // Without the number of the system's error, which tells a person nothing.
+        _ => cause.to_string().split(" (os error").next().unwrap_or_default().to_owned(),
     }
 }
 

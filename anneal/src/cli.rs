@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 /// Trains, samples and inspects diffusion transformers.
 ///
 /// One binary, no Python. Start with `anneal quickstart`: it trains a small model on real
-/// handwritten digits in about two minutes on two CPU cores and draws samples.
+/// handwritten digits in little more than a minute on two CPU cores and draws samples.
 // Usage lines are written out where a command takes KEY=VALUE: in an error, clap shows whatever was given as required.
 #[derive(Debug, Parser)]
 #[command(name = "anneal", version, arg_required_else_help = true, max_term_width = 100)]
@@ -175,7 +175,8 @@ pub struct Sample {
     /// Guidance strength; 1 is none [default: the recipe's, or 1]
     #[arg(long, short)]
     pub guidance: Option<f64>,
-    /// all, first_three, interval:LOW:HIGH, or power_cosine:POWER [default: the recipe's]
+    /// all, first_three, interval:LOW:HIGH (of the noising time, within 0 to 1), or power_cosine:POWER
+    /// [default: the recipe's]
     #[arg(long)]
     pub guidance_mode: Option<String>,
     /// Noise of ddim between 0 (none) and 1 (as ddpm); for no other sampler
@@ -185,7 +186,7 @@ pub struct Sample {
     #[arg(long)]
     pub shift: Option<f64>,
     /// Which average of a run's weights: a rate such as 0.999, or `none` for the raw weights
-    /// [default: the recipe's first]
+    /// [default: the recipe's sample.ema, else the first of its ema.rates]
     #[arg(long)]
     pub ema: Option<String>,
     /// Keep estimates of the clean image within -1..1 on the way; for pixels, not for latents
@@ -195,7 +196,7 @@ pub struct Sample {
     #[arg(long)]
     pub latents: Option<PathBuf>,
     /// Samples computed together
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = 100, value_parser = at_least_one)]
     pub batch: usize,
     /// Where to write [default: samples.png]
     #[arg(long, short)]
@@ -276,7 +277,8 @@ pub struct Convert {
     /// Layout to write
     #[arg(long)]
     pub to: Layout,
-    /// Which average of a run's weights: a rate, or `none` for the raw weights [default: the recipe's first]
+    /// Which average of a run's weights: a rate, or `none` for the raw weights
+    /// [default: the recipe's sample.ema, else the first of its ema.rates]
     #[arg(long)]
     pub ema: Option<String>,
     /// fp32 or bf16
@@ -336,19 +338,26 @@ pub struct BenchModel {
     /// A published size such as DiT-S/2; the flags below change it
     #[arg(long, default_value = "DiT-S/2")]
     pub model: String,
-    #[arg(long)]
+    /// Width of a token
+    #[arg(long, value_parser = at_least_one)]
     pub hidden: Option<usize>,
-    #[arg(long)]
+    /// Transformer blocks
+    #[arg(long, value_parser = at_least_one)]
     pub depth: Option<usize>,
-    #[arg(long)]
+    /// Attention heads of a block
+    #[arg(long, value_parser = at_least_one)]
     pub heads: Option<usize>,
-    #[arg(long)]
+    /// Edge of the square patch that becomes a token, in pixels or cells of a latent
+    #[arg(long, value_parser = at_least_one)]
     pub patch: Option<usize>,
-    #[arg(long)]
+    /// Edge of the square images, in pixels or cells of a latent
+    #[arg(long, value_parser = at_least_one)]
     pub image_size: Option<usize>,
-    #[arg(long)]
+    /// Channels of an image
+    #[arg(long, value_parser = at_least_one)]
     pub channels: Option<usize>,
-    #[arg(long)]
+    /// Classes that the model knows
+    #[arg(long, value_parser = at_least_one)]
     pub classes: Option<usize>,
     /// Plain mean squared error, without a learned variance
     #[arg(long)]
@@ -356,7 +365,8 @@ pub struct BenchModel {
     /// Keep only the inputs of blocks and run them again in backward
     #[arg(long)]
     pub checkpoint_activations: bool,
-    #[arg(long, default_value_t = 8)]
+    /// Images computed together
+    #[arg(long, default_value_t = 8, value_parser = at_least_one)]
     pub batch: usize,
     /// What the model computes in
     #[arg(long, default_value = "fp32")]
@@ -377,7 +387,7 @@ pub struct BenchModel {
     #[arg(long)]
     pub profile: bool,
     /// Measured repetitions
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, value_parser = at_least_one)]
     pub steps: usize,
     /// Repetitions before measuring; on a GPU at least 3, since steps are captured on the way
     #[arg(long, default_value_t = 2)]
@@ -397,6 +407,13 @@ pub struct BenchOp {
     pub attention: Vec<[usize; 4]>,
 }
 
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("a whole number is wanted, 1 or more".into()),
+        Ok(number) => Ok(number),
+    }
+}
+
 fn attention_shape(text: &str) -> Result<[usize; 4], String> {
     let numbers: Option<Vec<usize>> = text.split(',').map(|part| part.trim().parse().ok()).collect();
     numbers
@@ -411,7 +428,7 @@ pub struct BenchSample {
     #[command(flatten)]
     pub model: BenchModel,
     /// Denoising steps of a run
-    #[arg(long, default_value_t = 250)]
+    #[arg(long, default_value_t = 250, value_parser = at_least_one)]
     pub sampling_steps: usize,
     /// Guidance strength; 1 is none
     #[arg(long, default_value_t = 4.0)]
@@ -431,7 +448,7 @@ pub struct BenchData {
     #[arg(value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
     /// Batches to measure in each epoch
-    #[arg(long, default_value_t = 50)]
+    #[arg(long, default_value_t = 50, value_parser = at_least_one)]
     pub batches: usize,
     /// Machine-readable output
     #[arg(long)]

@@ -3,8 +3,12 @@
 //! Exit codes: 0 done; 1 an error, in one line; 2 a wrong command line; 128 plus the signal's number if a
 //! signal stopped a run, after its checkpoint.
 
+#[macro_use]
+mod stdout;
+
 mod cli;
 mod commands;
+mod machine;
 mod output;
 mod sampling;
 mod scheduler;
@@ -13,12 +17,13 @@ mod source;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 
 use cli::{Cli, Command};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let matches = with_negative_numbers(Cli::command()).get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let result = match &cli.command {
         Command::Quickstart(arguments) => commands::train::quickstart(arguments),
         Command::Train(arguments) => commands::train::train(arguments),
@@ -31,10 +36,22 @@ fn main() -> ExitCode {
         Command::Bench(arguments) => commands::bench::bench(arguments),
         Command::Completions(arguments) => commands::completions::completions(arguments),
     };
+    let result = result.and_then(|code| stdout::finish().map(|()| code));
     result.unwrap_or_else(|error| {
         eprintln!("error: {}", message(&error));
         ExitCode::FAILURE
     })
+}
+
+/// Lets `--guidance -3` reach the check of the value. The parser would take `-3` for a flag that is not known, and advise
+/// what does not help.
+fn with_negative_numbers(command: clap::Command) -> clap::Command {
+    command
+        .mut_args(|argument| {
+            let has_value = !argument.is_positional() && argument.get_action().takes_values();
+            if has_value { argument.allow_negative_numbers(true) } else { argument }
+        })
+        .mut_subcommands(with_negative_numbers)
 }
 
 /// The error and its causes. Most of the crates' messages already include their cause's.

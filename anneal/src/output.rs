@@ -8,7 +8,8 @@ use anneal_data::npz::{self, Array, Values};
 use anneal_infer::Samples;
 use anneal_train::report::grid::{self, Batch, GridOptions, Pixels};
 use anneal_train::report::picture::brightness;
-use anyhow::{Context, Result, bail};
+use anneal_weights::FileError;
+use anyhow::{Context, Result, anyhow, bail};
 
 /// Where samples go, and in which form.
 pub struct Target<'a> {
@@ -40,23 +41,53 @@ impl<'a> Target<'a> {
                 )
             }
         };
-        if matches!(form, Form::Singles { .. }) {
-            names_before(out, overwrite)?;
+        match form {
+            Form::Singles { .. } => drop(names_before(out, overwrite)?),
+            Form::Grid | Form::Arrays => check_file(out).map_err(|error| anyhow!("--out {error}"))?,
         }
         Ok(Self { out, form })
     }
 
     pub fn write(&self, samples: &Samples, caption: &str) -> Result<()> {
-        if let Some(folder) = self.out.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-            std::fs::create_dir_all(folder)
-                .with_context(|| format!("cannot make the folder {}", folder.display()))?;
-        }
-        match self.form {
+        let folder = match self.form {
+            Form::Singles { .. } => self.out,
+            Form::Grid | Form::Arrays => self.out.parent().unwrap_or(Path::new("")),
+        };
+        in_folder(folder, || match self.form {
             Form::Grid => write_grid(samples, self.out, caption),
             Form::Arrays => write_arrays(samples, self.out),
             Form::Singles { overwrite } => write_singles(samples, self.out, caption, overwrite),
-        }
+        })
     }
+}
+
+/// Refuses what cannot be the name of a file.
+pub fn check_file(out: &Path) -> Result<()> {
+    let name = out.display().to_string();
+    if name.ends_with('/') {
+        bail!("{name}: a name with this ending is a file's; leave out the / behind it");
+    }
+    if out.is_dir() {
+        bail!("{name} is a folder: name a file in it, or another");
+    }
+    Ok(())
+}
+
+/// Makes a folder and those above it, where they are missing; removes them again if `write` fails and leaves them empty.
+pub fn in_folder<T>(folder: &Path, write: impl FnOnce() -> Result<T>) -> Result<T> {
+    let missing: Vec<&Path> =
+        folder.ancestors().take_while(|path| !path.as_os_str().is_empty() && !path.exists()).collect();
+    let written = match missing.is_empty() {
+        true => write(),
+        false => std::fs::create_dir_all(folder)
+            .map_err(|cause| FileError::on("make the folder", folder)(cause).into())
+            .and_then(|()| write()),
+    };
+    if written.is_err() {
+        // The innermost first; what another has put there keeps it.
+        let _ = missing.iter().try_for_each(std::fs::remove_dir);
+    }
+    written
 }
 
 /// What lies in the folder for single pictures. Without `overwrite` that must be nothing.
@@ -75,7 +106,9 @@ fn names_before(out: &Path, overwrite: bool) -> Result<Vec<String>> {
 fn names(folder: &Path) -> Result<Vec<String>> {
     let entries = match std::fs::read_dir(folder) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.with_context(|| format!("--out {}: cannot read the folder", folder.display()))?,
+        entries => entries
+            .map_err(FileError::on("read the folder", folder))
+            .with_context(|| format!("--out {}", folder.display()))?,
     };
     entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
 }
@@ -102,21 +135,30 @@ fn write_grid(samples: &Samples, out: &Path, caption: &str) -> Result<()> {
     Ok(())
 }
 
-/// Pictures of an earlier call go if they are to be overwritten, those that have no successor too; the old ones last, so
-/// that they are still there if new ones cannot be written. Since the samples were begun, another call may have filled the
-/// folder: it is looked at again.
+/// Pictures of an earlier call go if they are to be overwritten, those that have no successor too. The new ones take their
+/// places when all are written, so that the old ones are still there, and no part of the new ones, if they cannot be.
+/// Since the samples were begun, another call may have filled the folder: it is looked at again.
 fn write_singles(samples: &Samples, out: &Path, caption: &str, overwrite: bool) -> Result<()> {
     let before = names_before(out, overwrite)?;
-    std::fs::create_dir_all(out).with_context(|| format!("cannot make the folder {}", out.display()))?;
+    // In the folder, so that they are on its disk. The name is hidden, and removed with all in it.
+    let new = tempfile::Builder::new()
+        .prefix(".new-")
+        .tempdir_in(out)
+        .map_err(FileError::on("write to the folder", out))?;
     let mut written = HashSet::new();
     for (index, picture) in grid::singles(&batch(samples))?.into_iter().enumerate() {
         let name = single_name(index, samples.labels[index]);
-        picture.with_text("parameters", caption).write_png(&out.join(&name))?;
+        picture.with_text("parameters", caption).write_png(&new.path().join(&name))?;
         written.insert(name);
     }
+    for name in &written {
+        let place = out.join(name);
+        std::fs::rename(new.path().join(name), &place).map_err(FileError::on("write", &place))?;
+    }
+    new.close().map_err(FileError::on("tidy up", out))?;
     for old in before.iter().filter(|name| is_single(name) && !written.contains(*name)) {
         let old = out.join(old);
-        std::fs::remove_file(&old).with_context(|| format!("cannot remove {}", old.display()))?;
+        std::fs::remove_file(&old).map_err(FileError::on("remove", &old))?;
     }
     Ok(())
 }

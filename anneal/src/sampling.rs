@@ -12,7 +12,7 @@ use anneal_nn::ParamStore;
 use anneal_recipe::{GuidanceMode, Recipe, Sample, Sampler};
 use anneal_train::run::{DrawingProgress, PreviewImages};
 use anneal_train::settings;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 /// How samples are drawn, whatever asked for them. Files of weights carry the parts that no scheduler's configuration has.
@@ -45,6 +45,26 @@ impl SamplingSettings {
             clip: None,
             spacing: None,
         }
+    }
+
+    /// Checks the ranges that a recipe's section `sample` has; flags are named.
+    pub fn check(&self) -> Result<()> {
+        let Self { eta, shift, guidance, .. } = *self;
+        ensure!(guidance.is_finite() && guidance >= 0.0, "--guidance is {guidance}; it must be 0 or more");
+        ensure!((0.0..=1.0).contains(&eta), "--eta is {eta}; it must be from 0 to 1");
+        ensure!(shift.is_finite() && shift > 0.0, "--shift is {shift}; it must be above 0");
+        match self.guidance_mode {
+            GuidanceMode::Interval { low, high } => ensure!(
+                (0.0..high).contains(&low) && high <= 1.0,
+                "--guidance-mode interval is {low} to {high}; it must rise within 0 to 1"
+            ),
+            GuidanceMode::PowerCosine { power } => ensure!(
+                power.is_finite() && power > 0.0,
+                "--guidance-mode power_cosine is {power}; it must be above 0"
+            ),
+            GuidanceMode::All | GuidanceMode::FirstThree => {}
+        }
+        Ok(())
     }
 
     /// The request's numbers for a model.
@@ -99,27 +119,6 @@ pub fn sampler_named(name: &str) -> Result<Sampler> {
         format!(
             "unknown sampler '{name}': choose ddpm, ddim, dpm_solver_2m, dpm_solver_2m_karras, unipc, euler, heun or flow_euler"
         )
-    })
-}
-
-/// A guidance mode from its short form: `all`, `first_three`, `interval:LOW:HIGH`, `power_cosine:POWER`.
-pub fn guidance_mode_named(text: &str) -> Result<GuidanceMode> {
-    let mut parts = text.split(':');
-    let name = parts.next().unwrap_or_default();
-    let numbers: Vec<f64> = parts
-        .map(|part| {
-            part.parse().with_context(|| format!("'{part}' in --guidance-mode {text} is not a number"))
-        })
-        .collect::<Result<_>>()?;
-    Ok(match (name, numbers.as_slice()) {
-        ("all", []) => GuidanceMode::All,
-        ("first_three", []) => GuidanceMode::FirstThree,
-        ("interval", &[low, high]) => GuidanceMode::Interval { low, high },
-        ("power_cosine", []) => GuidanceMode::PowerCosine { power: 4.0 },
-        ("power_cosine", &[power]) => GuidanceMode::PowerCosine { power },
-        _ => bail!(
-            "unknown guidance mode '{text}': choose all, first_three, interval:LOW:HIGH or power_cosine:POWER"
-        ),
     })
 }
 
@@ -201,12 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn short_forms_of_guidance_and_samplers_are_read() {
-        assert_eq!(
-            guidance_mode_named("interval:0.1:0.7").unwrap(),
-            GuidanceMode::Interval { low: 0.1, high: 0.7 }
-        );
-        assert!(guidance_mode_named("interval:0.1").unwrap_err().to_string().contains("interval:LOW:HIGH"));
+    fn samplers_are_read() {
         assert_eq!(sampler_named("heun").unwrap(), Sampler::Heun);
         assert!(sampler_named("hoin").unwrap_err().to_string().contains("dpm_solver_2m"));
     }

@@ -193,6 +193,9 @@ fn load(
     files: &TensorFiles,
     keys: impl Fn(&Parameters) -> KeyMap,
 ) -> Result<Loaded> {
+    if let Some(heads) = opening.heads.filter(|heads| *heads != config.heads) {
+        bail!("--heads {heads}: this model says itself that it has {}; leave the flag out", config.heads);
+    }
     let (model, parameters) = Dit::new(config)?;
     let map = keys(&parameters);
     let compute_dtype = match opening.precision {

@@ -9,6 +9,11 @@ use crate::ModelError;
 pub const PRESETS: [(&str, usize, usize, usize); 4] =
     [("DiT-S", 12, 384, 6), ("DiT-B", 12, 768, 12), ("DiT-L", 24, 1024, 16), ("DiT-XL", 28, 1152, 16)];
 
+/// Many times the memory of the largest machines; below it, sizes can be multiplied without overflow.
+const MOST_PARAMETERS: f64 = 1e14;
+/// Far beyond any network of this kind.
+const MOST_BLOCKS: usize = 10_000;
+
 /// What defines a DiT.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -75,7 +80,17 @@ impl DitConfig {
         (self.hidden_size as f64 * self.mlp_ratio) as usize
     }
 
-    /// Says what does not fit together.
+    /// About how many numbers the model consists of; also for sizes whose products no whole number holds.
+    fn parameters(&self) -> f64 {
+        let number = |count: usize| count as f64;
+        let [rows, columns] = self.grid().map(number);
+        let (hidden, patch) = (number(self.hidden_size), number(self.patch_size));
+        let block = hidden * hidden * (4.0 + 6.0 + 2.0 * self.mlp_ratio);
+        let pixels = patch * patch * 3.0 * number(self.channels);
+        block * number(self.depth) + hidden * (rows * columns + pixels + number(self.classes))
+    }
+
+    /// Says what does not fit together, or into any machine.
     pub fn check(&self) -> Result<(), ModelError> {
         let [height, width] = self.image_size;
         let (patch, hidden, heads) = (self.patch_size, self.hidden_size, self.heads);
@@ -89,6 +104,15 @@ impl DitConfig {
         if !hidden.is_multiple_of(heads) || !hidden.is_multiple_of(4) {
             return fail(format!(
                 "hidden size {hidden} must be a multiple of 4 and of the number of heads, {heads}"
+            ));
+        }
+        if self.depth > MOST_BLOCKS {
+            return fail(format!("depth {} is too much: at most {MOST_BLOCKS} blocks", self.depth));
+        }
+        let parameters = self.parameters();
+        if parameters > MOST_PARAMETERS {
+            return fail(format!(
+                "these sizes make a model of {parameters:.1e} parameters, more than any machine can hold: choose smaller ones"
             ));
         }
         if self.mlp_hidden_size() == 0 || self.frequency_shift > 1 {

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::cli::{Convert, Layout, Precision};
+use crate::output::{check_file, in_folder};
 use crate::sampling::SamplingSettings;
 use crate::scheduler;
 use crate::source::{self, CONFIG_KEY, Opening, SAMPLING_KEY, SCHEDULER_KEY, Source};
@@ -21,6 +22,9 @@ pub fn convert(arguments: &Convert) -> Result<ExitCode> {
     let out = &arguments.out;
     if out.exists() {
         bail!("{} exists already: name a new one, or remove it first", out.display());
+    }
+    if arguments.to == Layout::Original {
+        check_file(out)?;
     }
     let opening = Opening {
         ema: arguments.ema.as_deref(),
@@ -37,10 +41,10 @@ pub fn convert(arguments: &Convert) -> Result<ExitCode> {
         Precision::Fp32 => StoredDType::F32,
         Precision::Bf16 => StoredDType::BF16,
     };
-    match arguments.to {
-        Layout::Diffusers => write_diffusers(&source, out, dtype)?,
-        Layout::Original => write_original(&source, out, dtype)?,
-    }
+    in_folder(out.parent().unwrap_or(Path::new("")), || match arguments.to {
+        Layout::Diffusers => write_diffusers(&source, out, dtype),
+        Layout::Original => write_original(&source, out, dtype),
+    })?;
     println!("{} -> {}", source.description, out.display());
     if let (Layout::Diffusers, Some(sampling)) = (arguments.to, &source.sampling) {
         print_guidance(sampling);

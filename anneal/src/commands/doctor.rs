@@ -12,6 +12,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::cli::Doctor;
+use crate::machine::{proc_memory, proc_value};
 
 pub fn doctor(arguments: &Doctor) -> Result<ExitCode> {
     let machine = Machine::examine();
@@ -252,15 +253,11 @@ impl Machine {
 
 impl Processor {
     fn examine() -> Self {
-        let memory = |key: &str| {
-            let kilobytes = proc_value("/proc/meminfo", key)?.split(' ').next()?.parse::<u64>().ok()?;
-            Some(kilobytes * 1024)
-        };
         Self {
             name: proc_value("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".into()),
             threads: std::thread::available_parallelism().map_or(1, |count| count.get()),
-            memory: memory("MemTotal"),
-            memory_free: memory("MemAvailable"),
+            memory: proc_memory("MemTotal"),
+            memory_free: proc_memory("MemAvailable"),
         }
     }
 
@@ -347,13 +344,6 @@ fn release_in(text: &str) -> Option<String> {
         word.contains('.') && word.chars().all(|letter| letter.is_ascii_digit() || letter == '.')
     };
     text.lines().next()?.split_whitespace().find(is_release).map(str::to_owned)
-}
-
-/// The value of a `key : value` line.
-fn proc_value(path: &str, key: &str) -> Option<String> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let line = text.lines().find(|line| line.split(':').next().is_some_and(|name| name.trim() == key))?;
-    Some(line.split_once(':')?.1.trim().to_owned())
 }
 
 #[cfg(test)]

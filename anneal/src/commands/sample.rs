@@ -11,7 +11,8 @@ use anneal_models::Denoiser;
 use anneal_recipe::{ByteSize, GuidanceMode, Sampler};
 use anneal_tensor::Device;
 use anneal_train::report::progress::{Progress, Show};
-use anyhow::{Context, Result, bail};
+use anneal_train::report::summary;
+use anyhow::{Context, Result, anyhow, bail};
 
 use crate::cli::Sample;
 use crate::output::Target;
@@ -52,8 +53,8 @@ pub fn sample(arguments: &Sample) -> Result<ExitCode> {
     }
     draw(&source, &drawing, &target)?;
     println!(
-        "{} samples from {} in {}   ({})",
-        drawing.labels.len(),
+        "{} from {} in {}   ({})",
+        summary::plural(drawing.labels.len() as u64, "sample"),
         source.description,
         out.display(),
         drawing.settings.caption()
@@ -102,6 +103,11 @@ fn drawing(arguments: &Sample, source: &Source) -> Result<Drawing> {
     };
     let size: usize = source.model.image_shape().iter().product();
     let given = latents.as_ref().map(|values| values.len() / size);
+    if let (Some(num), Some(given)) = (arguments.num, given)
+        && num != given
+    {
+        bail!("--num is {num}, but --latents holds {given}: leave --num out");
+    }
     let count = arguments.num.or(given).unwrap_or(DEFAULT_COUNT);
     if count == 0 {
         bail!("--num must be at least 1");
@@ -139,7 +145,8 @@ fn settings(arguments: &Sample, source: &Source) -> Result<SamplingSettings> {
         settings.sampler = sampling::sampler_named(name)?;
     }
     if let Some(text) = &arguments.guidance_mode {
-        settings.guidance_mode = sampling::guidance_mode_named(text)?;
+        settings.guidance_mode =
+            text.parse().map_err(|reason| anyhow!("--guidance-mode {text}: {reason}"))?;
     }
     if arguments.clip {
         settings.clip = Some(1.0);
@@ -149,6 +156,7 @@ fn settings(arguments: &Sample, source: &Source) -> Result<SamplingSettings> {
     settings.eta = of_sampler("--eta", arguments.eta, Sampler::Ddim, &settings)?.unwrap_or(settings.eta);
     settings.shift =
         of_sampler("--shift", arguments.shift, Sampler::FlowEuler, &settings)?.unwrap_or(settings.shift);
+    settings.check()?;
     Ok(settings)
 }
 

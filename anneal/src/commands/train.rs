@@ -10,17 +10,18 @@ use anneal_data::DataError;
 use anneal_models::dit::Dit;
 use anneal_recipe::Recipe;
 use anneal_tensor::DeviceError;
-use anneal_train::TrainError;
 use anneal_train::data::DataSummary;
 use anneal_train::plan::Plan;
 use anneal_train::report::progress::Show;
 use anneal_train::report::summary;
 use anneal_train::run::{self, DrawingProgress, RunOptions, RunReport, SamplesReport};
 use anneal_train::settings;
+use anneal_train::{TrainError, check_run_folder};
 use anyhow::{Error, Result, anyhow, bail};
 
 use crate::cli::{MemoryLimit, Precision, Quickstart, Resume, RunArguments, Train};
 use crate::commands::sample::{self, Drawing};
+use crate::machine;
 use crate::output::Target;
 use crate::sampling::{self, SamplingSettings};
 use crate::signals::Signals;
@@ -123,11 +124,22 @@ fn plan(recipe: &Recipe) -> Result<ExitCode> {
         Err(error) => (plan, Err(error)),
     };
     print!("{plan}");
-    let warnings = [check_device(recipe)?, plan.check_limit()?].into_iter().flatten();
-    for warning in warnings.chain(result?) {
+    let folder = check_run_folder(recipe);
+    if let Ok(Some(step)) = &folder {
+        println!("the run folder holds a checkpoint: training would go on after step {step}");
+    }
+    let warnings = [check_device(recipe)?, plan.check_limit()?, check_memory(recipe, &plan)?];
+    for warning in warnings.into_iter().flatten().chain(result?) {
         eprintln!("warning: {warning}");
     }
+    folder?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A warning if the device at hand has less memory than is predicted; an error if that is sure not to be enough.
+fn check_memory(recipe: &Recipe, plan: &Plan) -> Result<Option<String>> {
+    let there = machine::memory_of(&recipe.device);
+    Ok(there.map(|there| plan.check_memory(there)).transpose()?.flatten())
 }
 
 /// A warning if the recipe's device is a GPU that cannot be used here; an error if it is no device anywhere.
@@ -196,6 +208,9 @@ pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
 }
 
 fn run_recipe(recipe: &Recipe, quiet: bool, own_recipe: bool) -> Result<(RunReport, ExitCode)> {
+    if let Some(warning) = check_memory(recipe, &Plan::new(recipe)?)? {
+        eprintln!("warning: {warning}");
+    }
     let signals = Signals::catch()?;
     let (model, _) = Dit::new(&settings::model_config(recipe)?)?;
     let model = Arc::new(model);

@@ -100,7 +100,7 @@ fn samples_are_not_mixed_with_what_a_folder_holds() {
     for mine in ["mine.png", "1-class-2.png"] {
         folder.write(&format!("many/{mine}"), b"mine");
     }
-    into(&["--num", "1", "--class", "7", "--overwrite"]).succeeds(&["1 samples"]);
+    into(&["--num", "1", "--class", "7", "--overwrite"]).succeeds(&["1 sample from run"]);
     assert_eq!(folder.names("many"), ["000000-class-7.png", "1-class-2.png", "mine.png"]);
     folder.write("file", b"mine");
     for flags in [&[][..], &["--overwrite"]] {

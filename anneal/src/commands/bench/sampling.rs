@@ -38,6 +38,7 @@ pub fn sample(arguments: &BenchSample) -> Result<()> {
             clip: None,
             spacing: None,
         };
+        settings.check()?;
         let (sampler, guidance) = settings.options(&objective)?;
         let labels = (0..model.batch).map(|row| (row % config.classes) as i64).collect();
         let seeds = (0..model.batch as u64).collect();
