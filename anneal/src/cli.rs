@@ -1,6 +1,7 @@
 //! The command line: every command, flag and example.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use anneal_recipe::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -157,16 +158,16 @@ pub struct Sample {
     #[arg(value_name = "RUN_OR_WEIGHTS")]
     pub source: PathBuf,
     /// How many samples [default: 64]
-    #[arg(long, short)]
+    #[arg(long, short, value_parser = whole_number::<usize>)]
     pub num: Option<usize>,
     /// Classes: one, a list such as 1,4,7, or `all` in equal shares; `none` for no class [default: all]
     #[arg(long, short)]
     pub class: Option<String>,
     /// Seed of the first sample
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = whole_number::<u64>)]
     pub seed: u64,
     /// Denoising steps [default: the recipe's, or 50]
-    #[arg(long)]
+    #[arg(long, value_parser = whole_number::<usize>)]
     pub steps: Option<usize>,
     /// ddpm, ddim, dpm_solver_2m, dpm_solver_2m_karras, unipc, euler, heun, or flow_euler for flow models
     /// [default: the recipe's]
@@ -192,7 +193,8 @@ pub struct Sample {
     /// Keep estimates of the clean image within -1..1 on the way; for pixels, not for latents
     #[arg(long)]
     pub clip: bool,
-    /// Starting noise from an npz (array `latents` [N, C, H, W] f32, and `labels` [N]) instead of seeds
+    /// Starting noise from an npz (array `latents` [N, C, H, W] f32, and `labels` [N]) instead of that of seeds, from
+    /// which ddpm and ddim with --eta draw further noise all the same; --num is what it holds
     #[arg(long)]
     pub latents: Option<PathBuf>,
     /// Samples computed together
@@ -405,6 +407,10 @@ pub struct BenchOp {
     /// Attention alone, at this shape in place of the model's; may be given several times
     #[arg(long, value_name = "BATCH,HEADS,TOKENS,WIDTH", value_parser = attention_shape)]
     pub attention: Vec<[usize; 4]>,
+}
+
+fn whole_number<T: FromStr>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|_| "a whole number is wanted, 0 or more".into())
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {

@@ -17,14 +17,31 @@ mod source;
 
 use std::process::ExitCode;
 
+use anyhow::Result;
 use clap::{CommandFactory, FromArgMatches};
 
 use cli::{Cli, Command};
 
 fn main() -> ExitCode {
-    let matches = with_negative_numbers(Cli::command()).get_matches();
-    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    let result = match &cli.command {
+    let matches = with_negative_numbers(Cli::command()).try_get_matches();
+    let result = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
+        Ok(cli) => run(&cli),
+        Err(wrong) if wrong.use_stderr() => wrong.exit(),
+        // What was asked for: help, or the version.
+        Err(text) => {
+            stdout::note(text.print());
+            Ok(ExitCode::SUCCESS)
+        }
+    };
+    let result = result.and_then(|code| stdout::finish().map(|()| code));
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {}", message(&error));
+        ExitCode::FAILURE
+    })
+}
+
+fn run(cli: &Cli) -> Result<ExitCode> {
+    match &cli.command {
         Command::Quickstart(arguments) => commands::train::quickstart(arguments),
         Command::Train(arguments) => commands::train::train(arguments),
         Command::Resume(arguments) => commands::train::resume(arguments),
@@ -35,12 +52,7 @@ fn main() -> ExitCode {
         Command::Doctor(arguments) => commands::doctor::doctor(arguments),
         Command::Bench(arguments) => commands::bench::bench(arguments),
         Command::Completions(arguments) => commands::completions::completions(arguments),
-    };
-    let result = result.and_then(|code| stdout::finish().map(|()| code));
-    result.unwrap_or_else(|error| {
-        eprintln!("error: {}", message(&error));
-        ExitCode::FAILURE
-    })
+    }
 }
 
 /// Lets `--guidance -3` reach the check of the value. The parser would take `-3` for a flag that is not known, and advise

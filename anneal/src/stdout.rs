@@ -20,7 +20,7 @@ pub fn write_bytes(bytes: &[u8]) {
     note(io::stdout().write_all(bytes));
 }
 
-fn note(written: io::Result<()>) {
+pub fn note(written: io::Result<()>) {
     if let Err(error) = written {
         FAILED.get_or_init(|| error.kind());
     }

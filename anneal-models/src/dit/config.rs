@@ -12,7 +12,7 @@ pub const PRESETS: [(&str, usize, usize, usize); 4] =
 /// Many times the memory of the largest machines; below it, sizes can be multiplied without overflow.
 const MOST_PARAMETERS: f64 = 1e14;
 /// Far beyond any network of this kind.
-const MOST_BLOCKS: usize = 10_000;
+const MOST_BLOCKS: usize = 4096;
 
 /// What defines a DiT.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

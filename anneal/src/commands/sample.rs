@@ -145,8 +145,7 @@ fn settings(arguments: &Sample, source: &Source) -> Result<SamplingSettings> {
         settings.sampler = sampling::sampler_named(name)?;
     }
     if let Some(text) = &arguments.guidance_mode {
-        settings.guidance_mode =
-            text.parse().map_err(|reason| anyhow!("--guidance-mode {text}: {reason}"))?;
+        settings.guidance_mode = text.parse().map_err(|reason| anyhow!("--guidance-mode: {reason}"))?;
     }
     if arguments.clip {
         settings.clip = Some(1.0);

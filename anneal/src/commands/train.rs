@@ -126,7 +126,10 @@ fn plan(recipe: &Recipe) -> Result<ExitCode> {
     print!("{plan}");
     let folder = check_run_folder(recipe);
     if let Ok(Some(step)) = &folder {
-        println!("the run folder holds a checkpoint: training would go on after step {step}");
+        match *step == recipe.train.steps as u64 {
+            true => println!("the run folder holds this run, complete at step {step}"),
+            false => println!("the run folder holds this run: training would go on after step {step}"),
+        }
     }
     let warnings = [check_device(recipe)?, plan.check_limit()?, check_memory(recipe, &plan)?];
     for warning in warnings.into_iter().flatten().chain(result?) {

@@ -7,5 +7,6 @@ mod bad_weights;
 mod commands;
 mod conversion;
 mod harness;
+mod hindrances;
 mod resume;
 mod sampling;
