@@ -11,6 +11,9 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::error::{Result, TrainError};
 use crate::state::{self, SavedState};
 
+/// Bytes of a file's name, on every usual file system.
+const LONGEST_NAME: usize = 255;
+
 /// Looks at the recipe's run folder; the step of the checkpoint that training would go on from, if there is one.
 ///
 /// Of checkpoints only the newest that opens is looked at, and its files are not read.
@@ -32,6 +35,11 @@ pub fn check_run_folder(recipe: &Recipe) -> Result<Option<u64>> {
 
 /// Whether a folder is there or can be made, as far as that can be seen.
 fn check_path(run: &Path) -> Result<()> {
+    // Where a folder above is missing too, the system would not say so.
+    if run.components().any(|part| part.as_os_str().len() > LONGEST_NAME) {
+        let too_long = io::Error::from_raw_os_error(libc::ENAMETOOLONG);
+        return Err(FileError::on("make the run folder", run)(too_long).into());
+    }
     let here = Path::new(".");
     for path in run.ancestors() {
         let path = if path.as_os_str().is_empty() { here } else { path };

@@ -148,7 +148,10 @@ fn write_singles(samples: &Samples, out: &Path, caption: &str, overwrite: bool) 
     let mut written = HashSet::new();
     for (index, picture) in grid::singles(&batch(samples))?.into_iter().enumerate() {
         let name = single_name(index, samples.labels[index]);
-        picture.with_text("parameters", caption).write_png(&new.path().join(&name))?;
+        let png = picture.with_text("parameters", caption).to_png();
+        // An error names the place that the picture is meant for.
+        anneal_weights::write_atomic_unsynced(&new.path().join(&name), &png)
+            .map_err(|error| FileError { path: out.join(&name), ..error })?;
         written.insert(name);
     }
     for name in &written {

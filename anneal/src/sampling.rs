@@ -10,6 +10,7 @@ use anneal_infer::{InferError, Pipeline, Request, Samples};
 use anneal_models::Denoiser;
 use anneal_nn::ParamStore;
 use anneal_recipe::{GuidanceMode, Recipe, Sample, Sampler};
+use anneal_train::report::summary;
 use anneal_train::run::{DrawingProgress, PreviewImages};
 use anneal_train::settings;
 use anyhow::{Context, Result, bail, ensure};
@@ -103,7 +104,8 @@ impl SamplingSettings {
 
     /// The words of a picture's record.
     pub fn caption(&self) -> String {
-        format!("sampler {}, {} steps, guidance {}", sampler_name(self.sampler), self.steps, self.guidance)
+        let steps = summary::plural(self.steps as u64, "step");
+        format!("sampler {}, {steps}, guidance {}", sampler_name(self.sampler), self.guidance)
     }
 }
 

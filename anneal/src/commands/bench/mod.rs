@@ -95,7 +95,10 @@ impl Measured {
         table.row(["on".to_owned(), device_name(&self.device)]);
         table.row(["median".to_owned(), format!("{median_ms:.2} ms")]);
         let (low, high) = (spread(f64::min, f64::INFINITY), spread(f64::max, 0.0));
-        table.row(["range".to_owned(), format!("{low:.2} to {high:.2} ms over {} runs", milliseconds.len())]);
+        table.row([
+            "range".to_owned(),
+            format!("{low:.2} to {high:.2} ms over {}", summary::plural(milliseconds.len() as u64, "run")),
+        ]);
         table.row(["images/s".to_owned(), summary::number(images_per_second)]);
         let rate = floating_operations(self.operations / median_ms * 1e3);
         table.row([

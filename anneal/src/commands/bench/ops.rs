@@ -67,7 +67,7 @@ pub fn ops(arguments: &BenchOp) -> Result<()> {
         print!("{table}");
     }
     if failures > 0 {
-        bail!("{failures} ops could not be measured");
+        bail!("{} could not be measured", summary::plural(failures, "op"));
     }
     Ok(())
 }

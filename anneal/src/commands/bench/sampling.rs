@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anneal_infer::{Pipeline, Request};
 use anneal_recipe::GuidanceMode;
+use anneal_train::report::summary;
 use anneal_train::settings;
 use anyhow::{Result, ensure};
 use serde_json::Map;
@@ -63,7 +64,8 @@ pub fn sample(arguments: &BenchSample) -> Result<()> {
         run(&warming)?;
     }
     let guided = if *guidance == 1.0 { "without guidance".into() } else { format!("guidance {guidance}") };
-    let what = format!("sampling, {sampler}, {sampling_steps} steps, {guided}, {}", name(&config, model));
+    let steps = summary::plural(*sampling_steps as u64, "step");
+    let what = format!("sampling, {sampler}, {steps}, {guided}, {}", name(&config, model));
     let timed = clock::time(&device, 0, model.steps, || run(&whole))?;
     let rows = if *guidance == 1.0 { 1.0 } else { 2.0 };
     let operations = rows * forward_operations(&config) * (model.batch * sampling_steps) as f64;
