@@ -67,10 +67,10 @@ fn a_wrong_type_names_key_place_found_and_expected() {
         ("name=2024", "name", "the number 2024", "text (in quotes if it looks like a number)"),
         ("output=7", "output", "the number 7", "a path"),
         (
-            "train.chunk_size=8GB",
+            "train.chunk_size=8G",
             "train.chunk_size",
             "the text \"8GB\"",
-            "a byte size such as 512MiB or 8GiB",
+            "a byte size such as 512MiB, 0.5GiB or 8GB",
         ),
         ("model.image_size=[8]", "model.image_size", "a list of length 1", size),
         ("model.image_size=[8, 8, 1]", "model.image_size", "a list of length 3", size),

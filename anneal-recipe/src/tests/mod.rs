@@ -150,6 +150,26 @@ fn presets_are_the_published_twelve() {
 }
 
 #[test]
+fn guidance_modes_have_a_short_form() {
+    let modes = [
+        ("all", GuidanceMode::All),
+        ("first_three", GuidanceMode::FirstThree),
+        ("interval:0.1:0.7", GuidanceMode::Interval { low: 0.1, high: 0.7 }),
+        ("power_cosine", GuidanceMode::PowerCosine { power: 4.0 }),
+        ("power_cosine:2", GuidanceMode::PowerCosine { power: 2.0 }),
+    ];
+    for (text, mode) in modes {
+        assert_eq!(text.parse(), Ok(mode), "{text}");
+        let recipe = Recipe::from_yaml(MINIMAL, "x.yaml", &[format!("sample.guidance_mode={text}")]).unwrap();
+        assert_eq!(recipe.sample.guidance_mode, mode, "{text}");
+    }
+    for text in ["", "all:1", "interval", "interval:0.1", "interval:0.1:x", "interval:0:0.5:1", "between:0:1"]
+    {
+        assert!(text.parse::<GuidanceMode>().is_err(), "{text}");
+    }
+}
+
+#[test]
 fn byte_sizes_read_and_print() {
     let sizes = [
         ("8GiB", 8 << 30),
@@ -158,11 +178,16 @@ fn byte_sizes_read_and_print() {
         ("1tib", 1 << 40),
         ("7", 7),
         ("7B", 7),
+        ("0.5GiB", 1 << 29),
+        ("8GB", 8_000_000_000),
+        ("1.5 kB", 1500),
+        ("2tb", 2_000_000_000_000),
+        ("0.3B", 0),
     ];
     for (text, bytes) in sizes {
         assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
     }
-    for text in ["", "GiB", "1.5GiB", "-1MiB", "1GB", "99999999999TiB"] {
+    for text in ["", "GiB", ".GiB", "1.5.2GiB", "-1MiB", "1G", "99999999999TiB", "99999999999.0TiB"] {
         assert!(text.parse::<ByteSize>().is_err(), "{text}");
     }
     for (bytes, text) in [(0, "0B"), (1, "1B"), (1536, "1536B"), (3 << 20, "3MiB"), (1 << 30, "1GiB")] {

@@ -29,9 +29,7 @@ fn labels(folder: &Folder, name: &str) -> Vec<i64> {
 
 #[track_caller]
 fn sample(folder: &Folder, out: &str, arguments: &[&str]) -> (Vec<usize>, Vec<u8>) {
-    folder
-        .anneal(&[&["sample", "run", "--out", out], arguments].concat())
-        .succeeds(&["samples from run", out]);
+    folder.anneal(&[&["sample", "run", "--out", out], arguments].concat()).succeeds(&[" from run", out]);
     images(folder, out)
 }
 
