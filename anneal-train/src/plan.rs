@@ -12,6 +12,9 @@ use crate::error::{Result, TrainError};
 use crate::report::summary::{self, Align, Table};
 use crate::settings;
 
+/// Bytes that no machine has; what would need more is a slip.
+const MOST_MEMORY: u64 = 1 << 50;
+
 /// A resolved recipe with the figures that follow from it.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -47,6 +50,9 @@ impl PredictedMemory {
 
 impl Plan {
     /// Describes the model and lays it out, without allocating it.
+    ///
+    /// # Errors
+    /// If the recipe's parts do not fit together, or into any machine.
     pub fn new(recipe: &Recipe) -> Result<Self> {
         let config = settings::model_config(recipe)?;
         settings::objective(recipe)?;
@@ -65,6 +71,14 @@ impl Plan {
             optimizer: trained * DType::F32.size() * (2 + masters + recipe.ema.rates.len()),
             activations: activations(recipe, &config, element),
         };
+        let total = memory.total() as u64;
+        if total > MOST_MEMORY {
+            let message = format!(
+                "the predicted memory of {} is more than any machine has: choose a smaller train.batch or model",
+                summary::bytes(total)
+            );
+            return Err(TrainError::Settings { message });
+        }
         Ok(Self {
             recipe: recipe.clone(),
             config,

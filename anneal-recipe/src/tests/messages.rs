@@ -69,7 +69,7 @@ fn a_wrong_type_names_key_place_found_and_expected() {
         (
             "train.chunk_size=8G",
             "train.chunk_size",
-            "the text \"8GB\"",
+            "the text \"8G\"",
             "a byte size such as 512MiB, 0.5GiB or 8GB",
         ),
         ("model.image_size=[8]", "model.image_size", "a list of length 1", size),

@@ -28,7 +28,10 @@ fn a_plan_and_a_start_compare_their_memory_with_the_machines() {
     assert!(large.err.starts_with("warning: the memory of cpu, "), "{large:#?}");
     assert!(large.err.contains("lies below the predicted sum of ") && large.err.lines().count() == 1);
     assert_eq!(plan(&[]).succeeds(&[]).err, "");
-    plan(&["train.batch=1000000000000000000"]).succeeds(&["lies below the predicted sum"]);
+    for changes in [&["train.batch=1000000000000000000"][..], &["train.batch=18446744073709551615"]] {
+        plan(changes).fails(&["the predicted memory of", "is more than any machine has"]);
+        folder.train("run", changes).fails(&["is more than any machine has"]);
+    }
     // 200 GiB for each of six copies; nothing of it is allocated.
     let known =
         ["the memory of cpu, ", "of weights, gradients, optimizer and averages: choose a smaller model"];
