@@ -33,7 +33,11 @@ fn main() -> ExitCode {
             Ok(ExitCode::SUCCESS)
         }
     };
-    let result = result.and_then(|code| stdout::finish().map(|()| code));
+    // What a signal has stopped keeps its code: the terminal that it printed to may be closed.
+    let result = result.and_then(|code| match code == ExitCode::SUCCESS {
+        true => stdout::finish().map(|()| code),
+        false => Ok(code),
+    });
     result.unwrap_or_else(|error| {
         eprintln!("error: {}", message(&error));
         ExitCode::FAILURE

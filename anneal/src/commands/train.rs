@@ -1,6 +1,5 @@
 //! `quickstart`, `train` and `resume`: three ways to name the same run.
 
-use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -243,7 +242,7 @@ fn this_command() -> String {
 
 /// Says how a run ended. A terminal that was closed takes nothing more, which is no error: what matters is saved.
 fn tell(recipe: &Recipe, report: &RunReport, code: ExitCode) -> ExitCode {
-    let _ = writeln!(std::io::stdout(), "{}", ending(recipe, report));
+    println!("{}", ending(recipe, report));
     code
 }
 
