@@ -143,7 +143,7 @@ impl Allocator {
         let wanted = round_up(bytes);
         let mut state = self.lock();
         if let Some(limit) = self.limit.filter(|limit| state.statistics.total() + wanted > *limit) {
-            let why = format!("the memory limit of {limit} bytes is reached: raise it, or ");
+            let why = format!("the memory limit is reached, {limit} bytes: raise it, or ");
             return Err(self.out_of_memory(&state.statistics, wanted, purpose, &why));
         }
         let found = state

@@ -81,7 +81,7 @@ fn a_memory_limit_stops_a_run_with_a_table_by_purpose() {
     for command in [&["train", "tiny.yaml", "--quiet"][..], &["bench", "forward"], &["quickstart"]] {
         let stopped = folder.anneal(&[command, &["--memory-limit", "100KiB"]].concat());
         let stopped = stopped
-            .fails(&["the memory limit of 102400 bytes is reached: raise it, or choose a smaller model"]);
+            .fails(&["the memory limit is reached, 102400 bytes: raise it, or choose a smaller model"]);
         for row in ["memory ", "weights ", "gradients ", "optimizer ", "activations ", "workspace ", "sum "] {
             assert!(
                 stopped.err.lines().any(|line| line.starts_with(row)),

@@ -72,7 +72,7 @@ fn flags_of_resume_stand_for_keys_of_the_recipe() {
     folder.train("whole", &["train.steps=12", constant]).succeeds(&["trained 12 steps"]);
     folder.train("run", &["--device", "cpu:2", constant]).succeeds(&["trained 6 steps"]);
     for (flag, value, words) in
-        [("--device", "gpu", "gpu"), ("--memory-limit", "1KiB", "the memory limit of 1024 bytes is reached")]
+        [("--device", "gpu", "gpu"), ("--memory-limit", "1KiB", "the memory limit is reached, 1024 bytes")]
     {
         folder.anneal(&["resume", "run", "--quiet", "train.steps=12", flag, value]).fails(&[words]);
     }

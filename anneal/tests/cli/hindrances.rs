@@ -217,11 +217,11 @@ fn flags_that_contradict_a_source_are_refused() {
 fn a_memory_limit_is_named_with_what_helps() {
     let folder = Folder::new();
     let lasting =
-        "the memory limit of 102400 bytes is reached: raise it, or choose a smaller model or fewer ema.rates";
+        "the memory limit is reached, 102400 bytes: raise it, or choose a smaller model or fewer ema.rates";
     let stopped = folder.train("run", &["memory_limit=100KiB"]).fails(&["bytes of optimizer", lasting]);
     assert!(stopped.err.contains("now KiB") && !stopped.err.contains("batch"), "{stopped:#?}");
     folder.train("run", &["memory_limit=0.21MB"]).fails(&[
         "of activations",
-        "the memory limit of 210000 bytes is reached: raise it, or use a smaller batch",
+        "the memory limit is reached, 210000 bytes: raise it, or use a smaller batch",
     ]);
 }
