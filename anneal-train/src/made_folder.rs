@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anneal_weights::{FileError, write_atomic};
@@ -58,27 +59,32 @@ impl FormerFiles {
         let names = entries.map(|entry| Ok(entry.map_err(FileError::on("read folder", folder))?.file_name()));
         let content = |name: &&str| {
             let path = folder.join(name);
-            fs::read(&path).ok().map(|content| (path, content))
+            match fs::read(&path) {
+                Ok(content) => Some(Ok((path, content))),
+                Err(cause) if cause.kind() == ErrorKind::NotFound => None,
+                // What cannot be put back must not be replaced.
+                Err(cause) => Some(Err(FileError::on("read", &path)(cause))),
+            }
         };
         Ok(Self {
             folder: folder.to_owned(),
             names: names.collect::<Result<_, FileError>>()?,
-            contents: replaced.iter().filter_map(content).collect(),
+            contents: replaced.iter().filter_map(content).collect::<Result<_, FileError>>()?,
         })
     }
 
     /// Removes the files that came since and have names of the start's own, and gives the replaced ones their content back.
     pub fn put_back(&self, is_own: impl Fn(&str) -> bool) {
-        for (path, content) in &self.contents {
-            if fs::read(path).ok().as_ref() != Some(content) {
-                let _ = write_atomic(path, content);
-            }
-        }
-        let Ok(entries) = fs::read_dir(&self.folder) else { return };
-        for entry in entries.flatten() {
+        // New files go first: on a full disk the old ones need their room.
+        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
             let name = entry.file_name();
             if !self.names.contains(&name) && name.to_str().is_some_and(&is_own) {
                 let _ = fs::remove_file(entry.path());
+            }
+        }
+        for (path, content) in &self.contents {
+            if fs::read(path).ok().as_ref() != Some(content) {
+                let _ = write_atomic(path, content);
             }
         }
     }

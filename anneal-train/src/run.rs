@@ -106,9 +106,8 @@ fn run_in(made: &MadeFolder, recipe: &Recipe, options: &RunOptions) -> Result<Ru
     let folder = &recipe.output;
     // If another start has the folder by now, what is in it is that start's.
     let lock = RunLock::acquire(folder).inspect_err(|_| made.remove())?;
-    let former = FormerFiles::of(folder, &[RECIPE, PLAN])?;
-    let mut worked = false;
-    let result = Run::start(recipe, lock.clone(), options).and_then(|mut run| {
+    let (mut former, mut worked) = (None, false);
+    let result = Run::start(recipe, lock.clone(), options, &mut former).and_then(|mut run| {
         let result = run.train();
         worked = run.has_worked();
         result.map(|()| run.finish())
@@ -116,7 +115,9 @@ fn run_in(made: &MadeFolder, recipe: &Recipe, options: &RunOptions) -> Result<Ru
     let in_vain = !worked && result.as_ref().map_or(true, |report| report.stopped);
     // If a newer start has taken over, the files are that one's.
     if in_vain && lock.check().is_ok() {
-        former.put_back(is_written_before_steps);
+        if let Some(former) = former {
+            former.put_back(is_written_before_steps);
+        }
         lock.remove_made_files();
         made.remove();
     }
@@ -147,7 +148,13 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn start(recipe: &Recipe, lock: RunLock, options: &'a RunOptions<'a>) -> Result<Self> {
+    /// `former` takes the folder's files as they are before the first is written.
+    fn start(
+        recipe: &Recipe,
+        lock: RunLock,
+        options: &'a RunOptions<'a>,
+        former: &mut Option<FormerFiles>,
+    ) -> Result<Self> {
         let folder = recipe.output.clone();
         let mut trainer = Trainer::new(recipe)?;
         let mut warnings: Vec<String> = lock.warning().map(str::to_owned).into_iter().collect();
@@ -155,12 +162,13 @@ impl<'a> Run<'a> {
         warnings.extend(resumed.warnings);
         warnings.extend(trainer.data().warning());
         let goes_on = trainer.steps_done() < recipe.train.steps as u64;
+        *former = Some(FormerFiles::of(&folder, &[RECIPE, PLAN, METRICS])?);
         let run = Self::open(trainer, lock, folder, options)?;
         if let Some(changes) = resumed.changes.filter(|_| goes_on) {
-            run.progress.screen().suspend(|| println!("continues with {changes}"));
+            run.progress.screen().tell(&format!("continues with {changes}"));
         }
         for warning in warnings {
-            run.progress.screen().suspend(|| eprintln!("warning: {warning}"));
+            run.progress.screen().tell(&format!("warning: {warning}"));
         }
         Ok(run)
     }
@@ -273,7 +281,7 @@ impl<'a> Run<'a> {
 
     fn note(&mut self, outcome: &StepOutcome) {
         for warning in self.trainer.take_warnings() {
-            self.progress.screen().suspend(|| eprintln!("warning: {warning}"));
+            self.progress.screen().tell(&format!("warning: {warning}"));
         }
         if outcome.skipped {
             let step = outcome.step;
@@ -281,7 +289,7 @@ impl<'a> Run<'a> {
                 "warning: step {step} skipped: its gradient is not finite ({} so far)",
                 outcome.skipped_so_far
             );
-            self.progress.screen().suspend(|| eprintln!("{line}"));
+            self.progress.screen().tell(&line);
         }
         let batch = self.trainer.recipe().train.batch;
         self.training_seconds += outcome.seconds;
@@ -342,7 +350,7 @@ impl<'a> Run<'a> {
             let line = format!(
                 "{finite}{skipped} of {step} steps were skipped, since their gradient was not finite: lower optim.lr, set optim.clip, or look for bad values in the data"
             );
-            self.progress.screen().suspend(|| eprintln!("warning: {line}"));
+            self.progress.screen().tell(&format!("warning: {line}"));
         }
         Ok(())
     }
@@ -362,11 +370,10 @@ impl<'a> Run<'a> {
             }
             Err(error) if error.is_stale_writer() => Err(error),
             Err(error) if step < self.trainer.recipe().train.steps as u64 && !self.stopping() => {
-                self.progress.screen().suspend(|| {
-                    eprintln!(
-                        "warning: no checkpoint at step {step}: {error}; training goes on and tries again"
-                    );
-                });
+                let line = format!(
+                    "warning: no checkpoint at step {step}: {error}; training goes on and tries again"
+                );
+                self.progress.screen().tell(&line);
                 Ok(())
             }
             Err(error) => Err(error),
@@ -408,7 +415,7 @@ impl<'a> Run<'a> {
             return Ok(());
         };
         for warning in &images.warnings {
-            progress.screen().suspend(|| eprintln!("warning: {warning}"));
+            progress.screen().tell(&format!("warning: {warning}"));
         }
         let picture = picture(&images)?;
         let file = samples_file(&self.folder, step);

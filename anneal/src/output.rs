@@ -85,7 +85,9 @@ pub fn in_folder<T>(folder: &Path, write: impl FnOnce() -> Result<T>) -> Result<
     };
     if written.is_err() {
         // The innermost first; what another has put there keeps it.
-        let _ = missing.iter().try_for_each(std::fs::remove_dir);
+        for path in &missing {
+            let _ = std::fs::remove_dir(path);
+        }
     }
     written
 }

@@ -22,7 +22,9 @@ pub fn write_bytes(bytes: &[u8]) {
 
 pub fn note(written: io::Result<()>) {
     if let Err(error) = written {
-        FAILED.get_or_init(|| error.kind());
+        // A terminal that was closed is a reader that has gone.
+        let closed = error.raw_os_error() == Some(libc::EIO);
+        FAILED.get_or_init(|| if closed { ErrorKind::BrokenPipe } else { error.kind() });
     }
 }
 
@@ -47,4 +49,12 @@ macro_rules! print {
 macro_rules! println {
     () => { $crate::stdout::write(format_args!("\n")) };
     ($($text:tt)*) => { $crate::stdout::write(format_args!("{}\n", format_args!($($text)*))) };
+}
+
+/// The same for standard error, whose failure nobody can be told of.
+macro_rules! eprintln {
+    ($($text:tt)*) => {{
+        let text = format_args!("{}\n", format_args!($($text)*)).to_string();
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
+    }};
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use anneal_data::DataError;
 use anneal_models::dit::Dit;
-use anneal_recipe::Recipe;
+use anneal_recipe::{ByteSize, Recipe};
 use anneal_tensor::DeviceError;
 use anneal_train::data::DataSummary;
 use anneal_train::plan::Plan;
@@ -77,7 +77,12 @@ fn changes(arguments: &RunArguments) -> Result<Vec<String>> {
             (LIMIT, NO_LIMIT) => format!("{LIMIT}=null"),
             (key, value) => format!("{key}={value}"),
         };
-        let is_same = |other: &str| change == format!("{key}={other}") || value == other;
+        // As a size, so that 1024MiB is 1GiB; other values as they stand.
+        let same_size = |other: &str| {
+            let [own, other] = [value, other].map(|text| text.parse::<ByteSize>().ok());
+            key == LIMIT && own.is_some() && own == other
+        };
+        let is_same = |other: &str| change == format!("{key}={other}") || value == other || same_size(other);
         let other =
             arguments.overrides.iter().find(|text| value_of(text, key).is_some_and(|other| !is_same(other)));
         if let Some(other) = other {

@@ -123,9 +123,11 @@ fn a_flag_and_a_key_that_contradict_each_other_are_refused() {
         folder.train("run", &[flag, value, change]).fails(&[&refused]);
     }
     let same = ["--steps", "3", "train.steps=3", "--device", "cpu:1", "device=cpu:1"];
-    folder
-        .train("run", &[&same[..], &["--memory-limit", "none", "memory_limit=null"]].concat())
-        .succeeds(&[]);
+    for limit in
+        [["--memory-limit", "1024MiB", "memory_limit=1GiB"], ["--memory-limit", "none", "memory_limit=null"]]
+    {
+        folder.train("run", &[&same[..], &limit].concat()).succeeds(&[]);
+    }
 }
 
 /// Fewer steps than the limit of skipped ones in a row must not pass for a success.

@@ -1,8 +1,8 @@
 //! How far a long task is, on standard error.
 //!
 //! Contract: on a terminal one bar that stays at the bottom; elsewhere (a log file, a batch job) one plain line
-//! every [`LINE_INTERVAL`]; or nothing. Other output of the process goes through [`Screen::suspend`] or
-//! [`Screen::println`], so that it never runs into the bar. Handles are cheap to clone, may be used from any
+//! every [`LINE_INTERVAL`]; or nothing. Other output of the process goes through [`Screen::suspend`],
+//! [`Screen::println`] or [`Screen::tell`], so that it never runs into the bar. Handles are cheap to clone, may be used from any
 //! thread, and never fail: a closed standard error is no reason to stop a training run. A bar that is dropped
 //! takes itself off the screen.
 
@@ -85,6 +85,13 @@ impl Screen {
             Kind::Bar(bar) => bar.suspend(print),
             Kind::Lines(_) | Kind::Nothing => print(),
         }
+    }
+
+    /// Writes a line to standard error, above the bar, also where nothing is shown: a warning.
+    pub fn tell(&self, line: &str) {
+        self.suspend(|| {
+            let _ = writeln!(std::io::stderr(), "{line}");
+        });
     }
 
     fn clear(&self) {
