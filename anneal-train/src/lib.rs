@@ -8,7 +8,7 @@
 pub mod checkpoint;
 pub mod data;
 mod error;
-mod made_folder;
+mod former_files;
 mod outcomes;
 pub mod plan;
 pub mod report;

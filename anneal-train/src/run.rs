@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use anneal_nn::ParamStore;
 use anneal_recipe::Recipe;
+use anneal_weights::{FileError, MadeFolder};
 
 use crate::checkpoint::RunLock;
 use crate::error::{Result, TrainError};
-use crate::made_folder::{FormerFiles, MadeFolder};
+use crate::former_files::FormerFiles;
 use crate::plan::Plan;
 use crate::report::grid::{self, GridOptions};
 use crate::report::metrics::{MetricsLog, StepMetrics, curves};
@@ -99,7 +100,9 @@ pub enum SamplesReport {
 /// Anything that stops training; the newest checkpoint stays whole. After an error or a stop without any work done, the
 /// folder is as it was before: without it, where it was made for the run.
 pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<RunReport> {
-    run_in(&MadeFolder::make(&recipe.output)?, recipe, options)
+    let made = MadeFolder::make(&recipe.output)
+        .map_err(|error| FileError { action: "make the run folder", ..error })?;
+    run_in(&made, recipe, options)
 }
 
 fn run_in(made: &MadeFolder, recipe: &Recipe, options: &RunOptions) -> Result<RunReport> {
@@ -420,8 +423,7 @@ impl<'a> Run<'a> {
         let picture = picture(&images)?;
         let file = samples_file(&self.folder, step);
         let samples = file.parent().expect("it lies in a folder");
-        std::fs::create_dir_all(samples)
-            .map_err(anneal_weights::FileError::on("make the folder", samples))?;
+        std::fs::create_dir_all(samples).map_err(FileError::on("make the folder", samples))?;
         picture.write_png(&file)?;
         if let Some(events) = &mut self.events {
             events.image(step, "samples", &picture)?;

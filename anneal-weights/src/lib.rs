@@ -13,6 +13,7 @@ pub mod files;
 mod hash;
 mod homes;
 mod load;
+mod made_folder;
 mod safetensors;
 mod save;
 
@@ -21,6 +22,7 @@ pub use error::WeightsError;
 pub use files::{Appender, FileError, StagedFolder, write_atomic, write_atomic_unsynced};
 pub use hash::{sha256, sha256_of_file};
 pub use load::{LoadReport, load};
+pub use made_folder::MadeFolder;
 pub use safetensors::{
     StoredDType, TensorFiles, TensorSink, TensorSpec, WrittenFile, shard_name, write_file, write_sharded,
     write_shards,

@@ -8,7 +8,7 @@ use anneal_data::npz::{self, Array, Values};
 use anneal_infer::Samples;
 use anneal_train::report::grid::{self, Batch, GridOptions, Pixels};
 use anneal_train::report::picture::brightness;
-use anneal_weights::FileError;
+use anneal_weights::{FileError, MadeFolder};
 use anyhow::{Context, Result, anyhow, bail};
 
 /// Where samples go, and in which form.
@@ -75,21 +75,11 @@ pub fn check_file(out: &Path) -> Result<()> {
 
 /// Makes a folder and those above it, where they are missing; removes them again if `write` fails and leaves them empty.
 pub fn in_folder<T>(folder: &Path, write: impl FnOnce() -> Result<T>) -> Result<T> {
-    let missing: Vec<&Path> =
-        folder.ancestors().take_while(|path| !path.as_os_str().is_empty() && !path.exists()).collect();
-    let written = match missing.is_empty() {
-        true => write(),
-        false => std::fs::create_dir_all(folder)
-            .map_err(|cause| FileError::on("make the folder", folder)(cause).into())
-            .and_then(|()| write()),
-    };
-    if written.is_err() {
-        // The innermost first; what another has put there keeps it.
-        for path in &missing {
-            let _ = std::fs::remove_dir(path);
-        }
+    if folder.as_os_str().is_empty() {
+        return write();
     }
-    written
+    let made = MadeFolder::make(folder)?;
+    write().inspect_err(|_| made.remove())
 }
 
 /// What lies in the folder for single pictures. Without `overwrite` that must be nothing.

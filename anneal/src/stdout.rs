@@ -54,7 +54,7 @@ macro_rules! println {
 /// The same for standard error, whose failure nobody can be told of.
 macro_rules! eprintln {
     ($($text:tt)*) => {{
-        let text = format_args!("{}\n", format_args!($($text)*)).to_string();
-        let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
+        let line = format!($($text)*) + "\n";
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
     }};
 }

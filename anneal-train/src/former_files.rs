@@ -1,4 +1,4 @@
-//! What a start has made in a run's folder, and takes away again if it comes to nothing.
+//! What a start finds in a run's folder, to be put back if it comes to nothing.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -7,42 +7,6 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anneal_weights::{FileError, write_atomic};
-
-/// What was made of a folder and those above it. What cannot be removed of it stays, since there is an error to report
-/// already.
-pub(crate) struct MadeFolder {
-    /// From the innermost out.
-    made: Vec<PathBuf>,
-}
-
-impl MadeFolder {
-    /// Makes a folder and those above it, where they are missing. If that fails, those made until then are removed.
-    pub fn make(folder: &Path) -> Result<Self, FileError> {
-        let missing = folder.ancestors().take_while(|path| !path.as_os_str().is_empty() && !path.exists());
-        let missing: Vec<&Path> = missing.collect();
-        // One that another process makes at this moment is not ours.
-        let made = missing.into_iter().rev().filter(|path| fs::create_dir(path).is_ok());
-        let mut made: Vec<PathBuf> = made.map(Path::to_owned).collect();
-        made.reverse();
-        let this = Self { made };
-        match fs::create_dir_all(folder) {
-            Ok(()) => Ok(this),
-            Err(cause) => {
-                this.remove();
-                Err(FileError::on("make the run folder", folder)(cause))
-            }
-        }
-    }
-
-    /// Removes the folders that were made, as far as nothing is in them.
-    pub fn remove(&self) {
-        for path in &self.made {
-            if fs::remove_dir(path).is_err() {
-                return;
-            }
-        }
-    }
-}
 
 /// The files of a folder before a start that has the right to write there. What cannot be put back stays as it is, since
 /// there is an error to report already.
@@ -93,29 +57,6 @@ impl FormerFiles {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_folders_that_were_made_and_are_empty_are_removed() {
-        let scratch = tempfile::tempdir().unwrap();
-        let [above, folder] = ["runs", "runs/deep/er"].map(|name| scratch.path().join(name));
-        let make = || MadeFolder::make(&folder).unwrap();
-        let made = make();
-        fs::write(folder.join("other"), "").unwrap();
-        made.remove();
-        assert!(folder.join("other").exists());
-        fs::remove_file(folder.join("other")).unwrap();
-        made.remove();
-        assert!(!above.exists() && scratch.path().exists());
-
-        let made = make();
-        fs::write(above.join("other"), "").unwrap();
-        made.remove();
-        assert_eq!(fs::read_dir(&above).unwrap().count(), 1, "the other file");
-
-        fs::create_dir_all(&folder).unwrap();
-        make().remove();
-        assert!(folder.exists(), "it was there before");
-    }
 
     #[test]
     fn files_are_as_they_were_except_others_new_ones() {
