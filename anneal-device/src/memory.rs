@@ -37,7 +37,7 @@ impl Purpose {
     }
 
     /// What helps where it does not fit.
-    fn advice(self) -> &'static str {
+    pub(crate) fn advice(self) -> &'static str {
         match self {
             Purpose::Weights => "choose a smaller model",
             Purpose::Gradients | Purpose::Optimizer => "choose a smaller model or fewer ema.rates",
@@ -46,6 +46,11 @@ impl Purpose {
             }
         }
     }
+}
+
+/// Begins what is to be done about a limit of this many bytes; [`Purpose::advice`] goes on.
+pub(crate) fn limit_reached(limit: usize) -> String {
+    format!("the memory limit is reached, {limit} bytes: raise it, or ")
 }
 
 /// Bytes by purpose, and what the allocator holds in all.
@@ -143,8 +148,7 @@ impl Allocator {
         let wanted = round_up(bytes);
         let mut state = self.lock();
         if let Some(limit) = self.limit.filter(|limit| state.statistics.total() + wanted > *limit) {
-            let why = format!("the memory limit is reached, {limit} bytes: raise it, or ");
-            return Err(self.out_of_memory(&state.statistics, wanted, purpose, &why));
+            return Err(self.out_of_memory(&state.statistics, wanted, purpose, &limit_reached(limit)));
         }
         let found = state
             .free

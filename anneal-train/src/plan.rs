@@ -161,9 +161,9 @@ impl Plan {
 /// Numbers that one token leaves behind for backward in a block, in units of the hidden size: the two
 /// residual sums (2), queries, keys and values (3), attention's output (1) and the two branches (2).
 /// On the CPU also the norms of the sums (2), and the feed-forward part before and after its activation (2 times
-/// the ratio). A GPU makes the norms and the activation again in backward, which costs it less than to
-/// read them: there it is the part before the activation alone (1 times the ratio), in all 12 units at a ratio
-/// of 4, and attention's logarithms of sums, one f32 number for each head.
+/// the ratio). A GPU makes the activation again in backward, which costs it less than to read it, and, unless the recipe
+/// says otherwise, the norms: there it is the part before the activation alone (1 times the ratio), in all 12 units at a
+/// ratio of 4, and attention's logarithms of sums, one f32 number for each head.
 fn activations(recipe: &Recipe, config: &DitConfig, element: usize) -> usize {
     let Model::Dit(dit) = &recipe.model;
     let number = |count: usize| count as f64;
@@ -175,7 +175,10 @@ fn activations(recipe: &Recipe, config: &DitConfig, element: usize) -> usize {
     let hidden = number(config.mlp_hidden_size() * element);
     let depth = number(config.depth);
     let block = match settings::on_gpu(recipe) {
-        true => tokens * (unit * 8.0 + hidden + number(config.heads * DType::F32.size())),
+        true => {
+            let norms = if dit.recompute_norms { 0.0 } else { 2.0 };
+            tokens * (unit * (8.0 + norms) + hidden + number(config.heads * DType::F32.size()))
+        }
         false => tokens * (unit * 10.0 + 2.0 * hidden),
     };
     let kept = match dit.checkpoint_activations {

@@ -190,7 +190,7 @@ fn rising_rate(old: &Recipe, new: &Recipe, step: u64) -> Option<String> {
 }
 
 /// Keys that say where and how it is trained, not what.
-const FREE: [&str; 17] = [
+const FREE: [&str; 18] = [
     "name",
     "device",
     "memory_limit",
@@ -203,6 +203,7 @@ const FREE: [&str; 17] = [
     "train.deterministic",
     "train.capture_steps",
     "model.checkpoint_activations",
+    "model.recompute_norms",
     "data.path",
     "data.workers",
     "data.prefetch",

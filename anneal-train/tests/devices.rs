@@ -180,6 +180,26 @@ fn a_replayed_step_has_the_bits_of_a_plain_one() {
 }
 
 #[test]
+fn norms_kept_or_made_again_have_the_same_bits() {
+    let Some(turn) = poisoned_cuda() else { return skip_without("CUDA device", "norms made again") };
+    let [again, kept] = ["true", "false"].map(|again| {
+        let again = format!("model.recompute_norms={again}");
+        let recipe = recipe(&["device=cuda", "train.deterministic=true", "train.precision=bf16", &again]);
+        let mut trainer = Trainer::new(&recipe).unwrap();
+        let mut outcomes = Vec::new();
+        for _ in 0..6 {
+            trainer.step(&mut outcomes).unwrap();
+        }
+        trainer.finish_steps(&mut outcomes).unwrap();
+        let memory = trainer.device().memory().peak_total;
+        (bits(&(outcomes, all_weights(&**trainer.store()))), memory)
+    });
+    assert!(again.0 == kept.0, "the bits differ");
+    assert!(again.1 < kept.1, "{} and {} bytes", again.1, kept.1);
+    drop(turn);
+}
+
+#[test]
 fn the_host_does_not_wait_inside_the_steady_state() {
     let Some(turn) = poisoned_cuda() else { return skip_without("CUDA device", "waits of the host") };
     let mut trainer = Trainer::new(&recipe(&["device=cuda"])).unwrap();

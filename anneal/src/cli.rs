@@ -367,6 +367,9 @@ pub struct BenchModel {
     /// Keep only the inputs of blocks and run them again in backward
     #[arg(long)]
     pub checkpoint_activations: bool,
+    /// On a GPU, keep normalised rows for backward instead of making them again: faster, and more memory
+    #[arg(long)]
+    pub keep_norms: bool,
     /// Images computed together
     #[arg(long, default_value_t = 8, value_parser = at_least_one)]
     pub batch: usize,

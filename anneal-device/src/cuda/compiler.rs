@@ -6,6 +6,7 @@
 //! written is not an error: the kernel is compiled again next time.
 
 use std::ffi::{CStr, CString, c_char};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -26,6 +27,14 @@ pub struct Source {
     pub name: &'static str,
     /// CUDA C++; its functions are `extern "C" __global__`.
     pub code: &'static str,
+}
+
+/// A number that is another one when the text of these kernels is: part of the name of what was measured with them, so
+/// that a choice is not kept for longer than it is true.
+pub fn revision(sources: &[Source]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    sources.iter().for_each(|source| source.code.hash(&mut hasher));
+    hasher.finish()
 }
 
 /// Macros that a source is compiled with, in a fixed order.

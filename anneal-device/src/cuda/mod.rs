@@ -29,7 +29,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use cudarc::driver::sys;
 
 pub use blas::{Batch, Epilogue, Operand, Output, Product, variants as kernel_variants};
-pub use compiler::{Macros, Source, Variant, cache_folder, compile, version as compiler_version};
+pub use compiler::{Macros, Source, Variant, cache_folder, compile, revision, version as compiler_version};
 pub use dnn::{
     AttentionBackend, AttentionElement, AttentionKey, AttentionPass, AttentionPlan, AttentionStrides,
     AttentionTensors, dnn_version,

@@ -17,10 +17,9 @@ use cudarc::driver::sys;
 
 use super::driver::check;
 use crate::DeviceError;
-use crate::memory::{Buffer, MemoryStatistics, Owner, Purpose};
+use crate::memory::{Buffer, MemoryStatistics, Owner, Purpose, limit_reached};
 
 const ALIGNMENT: usize = 512;
-const LIMIT_REACHED: &str = "the memory limit is reached: raise --memory-limit";
 /// The slab grows by at least this much.
 const GROWTH: usize = 64 << 20;
 
@@ -230,9 +229,9 @@ impl Slab {
     }
 
     fn check_limit(&self, state: &State, size: usize, purpose: Purpose) -> Result<(), DeviceError> {
-        match self.limit.is_some_and(|limit| state.statistics.total() + size > limit) {
-            true => Err(self.out_of_memory(state, size, purpose, LIMIT_REACHED)),
-            false => Ok(()),
+        match self.limit.filter(|limit| state.statistics.total() + size > *limit) {
+            Some(limit) => Err(self.out_of_memory(state, size, purpose, &limit_reached(limit))),
+            None => Ok(()),
         }
     }
 
@@ -266,11 +265,11 @@ impl Slab {
         if self.map(state, rounded(missing.max(GROWTH))) || self.map(state, rounded(missing)) {
             return Ok(());
         }
-        let why = match self.limit.is_some_and(|limit| state.mapped + rounded(missing) > limit) {
-            true => LIMIT_REACHED,
-            false => "the device has no more",
+        let why = match self.limit.filter(|limit| state.mapped + rounded(missing) > *limit) {
+            Some(limit) => limit_reached(limit),
+            None => "the device has no more: ".into(),
         };
-        Err(self.out_of_memory(state, size, purpose, why))
+        Err(self.out_of_memory(state, size, purpose, &why))
     }
 
     fn map(&self, state: &mut State, bytes: usize) -> bool {
@@ -307,13 +306,12 @@ impl Slab {
     }
 
     fn out_of_memory(&self, state: &State, bytes: usize, purpose: Purpose, why: &str) -> DeviceError {
-        let help = "use a smaller batch, train.accumulate, or model.checkpoint_activations=true";
         DeviceError::OutOfMemory {
             device: format!("cuda:{}", self.ordinal),
             bytes,
             purpose: purpose.name(),
             in_use: state.statistics.total(),
-            hint: format!("; {why}; {help}\n{}", state.statistics),
+            hint: format!("; {why}{}\n{}", purpose.advice(), state.statistics),
         }
     }
 

@@ -4,7 +4,7 @@ use anneal_device::cuda::{Arguments, Launch, Source, Variant};
 use crate::kernels::element;
 use crate::ops::gradient_target::GradientTarget;
 use crate::ops::row_blocks::RowBlocks;
-use crate::ops::row_blocks::cuda::{Runs, pack, push_vector, sum_runs};
+use crate::ops::row_blocks::cuda::{RunBlock, Runs, pack, push_vector, sum_runs};
 use crate::{DType, Result, Tensor};
 
 const SOURCE: Source = Source { name: "gate_residual", code: include_str!("kernel.cu") };
@@ -34,7 +34,8 @@ impl Plan {
         let pack = pack(blocks.width, dtype, rows.iter().copied(), [gate].into_iter());
         let threads = blocks.width.div_ceil(pack).next_multiple_of(32).clamp(32, MOST_THREADS);
         let multiprocessors = cuda.properties().multiprocessors;
-        let runs = Runs::new(blocks, RESIDENT_WARPS, threads / 32, ROWS, multiprocessors);
+        let block = RunBlock { residents: RESIDENT_WARPS, warps: threads / 32, together: ROWS };
+        let runs = Runs::new(blocks, block, multiprocessors);
         Self { runs, threads, macros: macros(dtype, gate.dtype(), pack) }
     }
 

@@ -79,7 +79,8 @@ pub(in crate::ops) fn affine(
     }
     let words = ["", "-bias", "-kept", "-bias-kept"];
     let word = words[usize::from(bias.is_some()) + 2 * usize::from(kept.is_some())];
-    let name = format!("gelu-{}-{rows}x{outputs}x{inner}{word}", y.dtype());
+    let revision = hopper::revision();
+    let name = format!("gelu-{}-{rows}x{outputs}x{inner}{word}-{revision:x}", y.dtype());
     let mut run = |way| match way {
         0 => fused(),
         1 => in_two(),
@@ -149,6 +150,7 @@ fn weight_gradient(
 ) -> Result<()> {
     let (gradient, x) = (MatrixView::of_rows(gradient)?, MatrixView::of_rows(x)?);
     let shape = (gradient.columns, x.columns, gradient.rows);
+    // Its rows are outputs, however many dimensions the weight has.
     let c = Output::new(target.gradient.address(), DType::F32.element_type("linear")?, x.columns);
     let ((a, _gradient), (b, _x)) = (operand(gradient)?, operand(x)?);
     let plain = Product::new("matmul weight gradient", shape, a.transposed(), b, c);
@@ -226,19 +228,22 @@ pub(in crate::ops) fn activation_input_gradient(
         hopper::activation_gradient(cuda, activation, gradient, weight, preactivation, hidden, &inner, bias)
     };
     let (depth, columns) = (gradient.size(gradient.rank() - 1), inner.size(inner.rank() - 1));
-    let name =
-        format!("{activation:?}-gradient-{}-{}x{columns}x{depth}", inner.dtype(), inner.elements() / columns);
+    let (rows, revision) = (inner.elements() / columns, hopper::revision());
+    let name = format!("{activation:?}-gradient-{}-{rows}x{columns}x{depth}-{revision:x}", inner.dtype());
     let mut standing_in = None;
     let mut run = |way| {
         let noise = match &standing_in {
             Some(noise) => noise,
-            None => standing_in.insert(noise_like(cuda, gradient)?),
+            // Where memory lacks, the gradient itself.
+            None => standing_in.insert(noise_instead(cuda, gradient).unwrap_or_else(|_| gradient.clone())),
         };
         // To be measured, the work must leave the pre-activation as it is.
         let elsewhere = Tensor::empty(inner.device(), inner.dims(), inner.dtype())?;
         if way == 0 { own(noise, &elsewhere, None) } else { in_two(noise, &elsewhere, None) }
     };
-    match cuda.choose(&name.to_lowercase(), 2, &mut run)? {
+    let way = cuda.choose(&name.to_lowercase(), 2, &mut run)?;
+    drop(standing_in);
+    match way {
         0 => own(gradient, hidden, bias)?,
         _ => in_two(gradient, hidden, bias)?,
     }
@@ -246,7 +251,7 @@ pub(in crate::ops) fn activation_input_gradient(
 }
 
 /// Noise in a tensor's shape, to measure on: gradients of a first step may be zeros, for which a GPU needs less power.
-fn noise_like(cuda: &CudaDevice, tensor: &Tensor) -> Result<Tensor> {
+fn noise_instead(cuda: &CudaDevice, tensor: &Tensor) -> Result<Tensor> {
     let noise = Tensor::empty_for(tensor.device(), tensor.dims(), tensor.dtype(), Purpose::Workspace)?;
     let element = tensor.dtype().element_type("linear")?;
     // SAFETY: the tensor is new, and contiguous.

@@ -3,7 +3,9 @@
 //! The library's epilogue holds its matrix units up; ours runs beside the next tile. Forward it saves nothing but the
 //! library's delay; backward it saves writing the gradient before the derivative, and reading it back.
 
-use anneal_device::cuda::{Arguments, Boxes, Launch, Source, Variant};
+use std::sync::OnceLock;
+
+use anneal_device::cuda::{Arguments, Boxes, Launch, Source, Variant, revision as revision_of};
 use anneal_device::{CudaDevice, Purpose};
 
 use super::super::gradient_target::GradientTarget;
@@ -50,6 +52,12 @@ fn shared_bytes(backward: bool) -> usize {
     let results = TILE_ROWS * TILE_COLUMNS * 2;
     let extra = if backward { 2 * FINISHING_WARPS * TILE_COLUMNS * 4 } else { 4 * TILE_COLUMNS * 2 };
     stages + results + extra + (2 * 3 + 4) * 8
+}
+
+/// Part of the names of choices between these kernels and the library's.
+pub(super) fn revision() -> u64 {
+    static REVISION: OnceLock<u64> = OnceLock::new();
+    *REVISION.get_or_init(|| revision_of(&[SOURCE]))
 }
 
 /// Whether the kernels take such matrices: all of one 16-bit type, contiguous, in rows of whole 16 bytes.

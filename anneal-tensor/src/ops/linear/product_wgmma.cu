@@ -34,6 +34,9 @@ constexpr int SIDE = TILE_COLUMNS / 2, SIDE_BYTES = SIDE * TILE_DEPTH * 2;
 
 // In the epilogue a warp takes a row at a time, 8 columns a lane.
 constexpr int PASSES = TILE_ROWS / FINISHING_WARPS, HALF_PASSES = HALF_ROWS / FINISHING_WARPS;
+// Products over few elements leave the epilogue little time: lines of arguments are brought to the second level cache so many
+// rows ahead. Deeper ones would be slower for it.
+constexpr int ROWS_BROUGHT = 4, MOST_STEPS_TO_BRING = 8;
 static_assert(TILE_COLUMNS == 32 * 8 && TILE_COLUMNS == FINISHING_THREADS, "a warp has a row, a thread the sum of a column");
 
 // Shared memory: stages, results between the multiplying and the epilogue, then the bias of all tiles whose copies may be
@@ -143,11 +146,13 @@ __device__ __forceinline__ void multiply_tiles(u32 base, bool biased, int half, 
             // The products of the stage before have ended: its place is free in both blocks.
             wait_products<1>();
             if (step > 0 && thread < CLUSTER) arrive_at(empty(base, (stage + STAGES - 1) % STAGES), thread);
+            __syncwarp();  // two threads alone arrive
             if (++stage == STAGES) stage = 0, phase ^= 1;
         }
         wait_products<0>();
         hold(c);
         if (thread < CLUSTER) arrive_at(empty(base, (stage + STAGES - 1) % STAGES), thread);
+        __syncwarp();
         wait_barrier(taken(base, half), staged_phase ^ 1);
         stage_results(c, base, half, biased ? base + EXTRA + bias_place * BIAS_BYTES : 0);
         arrive(written(base, half));
@@ -218,15 +223,28 @@ __device__ __forceinline__ void write_sums(
     if (row < tiles.rows && column < tiles.columns) partials[i64(row / TILE_ROWS) * tiles.columns + column] = sum;
 }
 
+__device__ __forceinline__ i64 first_place(const Tiles &tiles, int tile) {
+    return i64(tiles.row(tile) + threadIdx.x / 32) * tiles.columns + tiles.column(tile) + threadIdx.x % 32 * 8;
+}
+
+/// Starts bringing this thread's line to the second level cache.
+__device__ __forceinline__ void bring_line(const T *from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
+}
+
 /// The threads of the epilogue. An argument is loaded while the row before it is finished.
 __device__ __forceinline__ void finish_tiles(
     u32 base, char *memory, T *y, T *p, T *h, float *partials, const Tiles &tiles) {
     const i64 distance = i64(FINISHING_WARPS) * tiles.columns;
     const u32 own = staged(base, threadIdx.x / 32, threadIdx.x % 32);
+    const bool brings = BACKWARD && tiles.steps <= MOST_STEPS_TO_BRING;
     int phase = 0;
     for (int tile = tiles.first; tile < tiles.count; tile += tiles.stride, phase ^= 1) {
-        const int count = rows_of_thread(tiles, tile);
-        i64 at = i64(tiles.row(tile) + threadIdx.x / 32) * tiles.columns + tiles.column(tile) + threadIdx.x % 32 * 8;
+        const int count = rows_of_thread(tiles, tile), next = tile + tiles.stride;
+        i64 at = first_place(tiles, tile);
+        if (brings && next < tiles.count)
+            for (int row = 0; row < min(ROWS_BROUGHT, rows_of_thread(tiles, next)); row++)
+                bring_line(p + first_place(tiles, next) + row * distance);
         float sums[8] = {};
         Held<T, 8> coming{};
         if (BACKWARD) load_passing(coming.words, p + at, count > 0);
@@ -235,6 +253,7 @@ __device__ __forceinline__ void finish_tiles(
             if (pass % HALF_PASSES == 0) wait_barrier(written(base, pass / HALF_PASSES), phase);
             const Held<T, 8> argument = coming;
             if (BACKWARD) load_passing(coming.words, p + at + distance, pass + 1 < PASSES && pass + 1 < count);
+            if (brings && pass + ROWS_BROUGHT < min(PASSES, count)) bring_line(p + at + ROWS_BROUGHT * distance);
             Held<T, 8> results;
             load_chunk(results.words, own + pass * FINISHING_WARPS * TILE_COLUMNS * 2);
             finish_row(argument, results, at, pass < count, y, p, h, sums);
@@ -270,6 +289,7 @@ product_wgmma(const __grid_constant__ Map a, const __grid_constant__ Map b, cons
         }
         publish_barriers();
     }
+    __syncwarp();
     meet_cluster();
 
     Tiles tiles;

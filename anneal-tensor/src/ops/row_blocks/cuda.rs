@@ -23,6 +23,17 @@ const MOST_WAVES: usize = 4;
 /// Runs of a group from which on several slices of a block share them.
 const MANY_RUNS: usize = 16;
 
+/// The threads that a kernel has for a run.
+#[derive(Clone, Copy)]
+pub(in crate::ops) struct RunBlock {
+    /// Warps that a multiprocessor runs at once.
+    pub residents: usize,
+    /// Of a block.
+    pub warps: usize,
+    /// Rows that a block works on at a time.
+    pub together: usize,
+}
+
 /// The rows of each group cut into runs, one a block of threads.
 pub(in crate::ops) struct Runs {
     pub groups: usize,
@@ -36,16 +47,10 @@ pub(in crate::ops) struct Runs {
 }
 
 impl Runs {
-    /// For blocks of `warps` warps that work on `together` rows at a time, on a device of so many multiprocessors which run
-    /// `residents` warps each at once: the runs that are over first, where those of a last wave that leaves most of the
-    /// device idle count as whole ones.
-    pub fn new(
-        blocks: &RowBlocks,
-        residents: usize,
-        warps: usize,
-        together: usize,
-        multiprocessors: usize,
-    ) -> Self {
+    /// For a device of so many multiprocessors: the runs that are over first, where those of a last wave that leaves most of
+    /// the device idle count as whole ones.
+    pub fn new(blocks: &RowBlocks, block: RunBlock, multiprocessors: usize) -> Self {
+        let RunBlock { residents, warps, together } = block;
         let (groups, rows) = (blocks.groups, blocks.rows);
         let at_once = multiprocessors * (residents / warps).max(1);
         // Of the cuts that take so many waves, the one into most parts has the shortest runs and is over first.
@@ -177,9 +182,7 @@ mod tests {
     struct Case {
         groups: usize,
         rows: usize,
-        residents: usize,
-        warps: usize,
-        together: usize,
+        block: RunBlock,
         /// Rows of a run, runs of a group.
         expected: (usize, usize),
     }
@@ -190,9 +193,7 @@ mod tests {
         let case = |[groups, rows]: [usize; 2], [residents, warps, together]: [usize; 3], expected| Case {
             groups,
             rows,
-            residents,
-            warps,
-            together,
+            block: RunBlock { residents, warps, together },
             expected,
         };
         vec![
@@ -220,12 +221,12 @@ mod tests {
 
     impl Case {
         fn at_once(&self) -> usize {
-            MULTIPROCESSORS * (self.residents / self.warps).max(1)
+            MULTIPROCESSORS * (self.block.residents / self.block.warps).max(1)
         }
 
         fn runs(&self) -> Runs {
             let blocks = RowBlocks::new(self.groups, self.rows, 768);
-            Runs::new(&blocks, self.residents, self.warps, self.together, MULTIPROCESSORS)
+            Runs::new(&blocks, self.block, MULTIPROCESSORS)
         }
 
         /// How long runs of so many rows take.
@@ -234,7 +235,7 @@ mod tests {
         }
 
         fn check(&self) {
-            let Self { groups, rows, together, .. } = *self;
+            let Self { groups, rows, block: RunBlock { together, .. }, .. } = *self;
             let Runs { run, per_group, .. } = self.runs();
             let name = format!("{groups} x {rows}: {per_group} runs of {run}");
             assert!(per_group >= 1 && run * per_group >= rows, "{name}: rows are left");
@@ -265,8 +266,8 @@ mod tests {
             for rows in [1, 3, 16, 17, 100, 255, 257, 1024, 5000] {
                 for (residents, together) in [(12, 1), (12, 2), (12, 4), (16, 8)] {
                     for warps in [1, 3, 8, 16] {
-                        let expected = (0, 0);
-                        Case { groups, rows, residents, warps, together, expected }.check();
+                        let (block, expected) = (RunBlock { residents, warps, together }, (0, 0));
+                        Case { groups, rows, block, expected }.check();
                     }
                 }
             }

@@ -110,6 +110,46 @@ __device__ __forceinline__ void store_sums(float *to, const float (&sums)[ITERAT
     }
 }
 
+// Adds the bias' part to the sums for the gate, and turns those of dz into the bias' own.
+__device__ __forceinline__ void apply_bias(
+    float (&gate_sum)[ITERATIONS][PACK], float (&z_sum)[ITERATIONS][PACK], const float (&gates)[ITERATIONS][PACK],
+    const VECTOR *branch_bias, int width) {
+    // Loaded only now: over the rows its registers are needed.
+    float bias[ITERATIONS][PACK];
+    load_vector(bias, branch_bias, 0.0f, width);
+#pragma unroll
+    for (int i = 0; i < ITERATIONS; ++i)
+#pragma unroll
+        for (int k = 0; k < PACK; ++k) {
+            gate_sum[i][k] = fmaf(bias[i][k], z_sum[i][k], gate_sum[i][k]);
+            z_sum[i][k] *= gates[i][k];
+        }
+}
+
+// What a thread holds of a row.
+struct Row {
+    Held<ELEMENT, PACK> gradient[ITERATIONS], z[ITERATIONS], direct[ITERATIONS], branch[ITERATIONS];
+    float2 statistics;
+
+    __device__ __forceinline__ float normal(int i, int k) const { return (z[i][k] - statistics.x) * statistics.y; }
+};
+
+// Adds a row to the sums over rows, and to those of p and p * n over its columns.
+__device__ __forceinline__ void add_row(
+    const Row &row, const float (&multiplier)[ITERATIONS][PACK], float (&shift_sum)[ITERATIONS][PACK],
+    float (&scale_sum)[ITERATIONS][PACK], float &p_sum, float &pn_sum) {
+#pragma unroll
+    for (int i = 0; i < ITERATIONS; ++i)
+#pragma unroll
+        for (int k = 0; k < PACK; ++k) {
+            float incoming = row.gradient[i][k], n = row.normal(i, k), p = incoming * multiplier[i][k];
+            shift_sum[i][k] += incoming;
+            scale_sum[i][k] = fmaf(incoming, n, scale_sum[i][k]);
+            p_sum += p;
+            pn_sum = fmaf(p, n, pn_sum);
+        }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) normalize_backward(
     const ELEMENT *z, const float2 *__restrict__ statistics, const ELEMENT *gradient, const ELEMENT *direct, ELEMENT *z_gradient,
     const ELEMENT *branch, ELEMENT *branch_gradient, const VECTOR *__restrict__ scale, i64 scale_stride,
@@ -129,52 +169,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) normalize_backward
 
     int area = 0;
     for (u32 done = 0; done < count; done += ROWS, area ^= 1) {
-        Held<ELEMENT, PACK> g[ROWS][ITERATIONS], values[ROWS][ITERATIONS], added[ROWS][ITERATIONS], gated[ROWS][ITERATIONS];
-        float2 found[ROWS];
+        Row loaded[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             bool present = done + r < count;
             i64 start = (first + done + r) * width;
-            load_row(g[r], gradient, start, width, present);
-            load_row(values[r], z, start, width, present);
-            load_row(added[r], direct, start, width, present && DIRECT);
-            load_row(gated[r], branch, start, width, present && GATED);
-            found[r] = present ? statistics[first + done + r] : float2{0.0f, 0.0f};
+            load_row(loaded[r].gradient, gradient, start, width, present);
+            load_row(loaded[r].z, z, start, width, present);
+            load_row(loaded[r].direct, direct, start, width, present && DIRECT);
+            load_row(loaded[r].branch, branch, start, width, present && GATED);
+            loaded[r].statistics = present ? statistics[first + done + r] : float2{0.0f, 0.0f};
         }
         float sums[VALUES] = {};
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-            for (int i = 0; i < ITERATIONS; ++i)
-#pragma unroll
-                for (int k = 0; k < PACK; ++k) {
-                    float incoming = g[r][i][k];
-                    float n = (values[r][i][k] - found[r].x) * found[r].y;
-                    float p = incoming * multiplier[i][k];
-                    shift_sum[i][k] += incoming;
-                    scale_sum[i][k] = fmaf(incoming, n, scale_sum[i][k]);
-                    sums[2 * r] += p;
-                    sums[2 * r + 1] = fmaf(p, n, sums[2 * r + 1]);
-                }
+        for (int r = 0; r < ROWS; ++r) add_row(loaded[r], multiplier, shift_sum, scale_sum, sums[2 * r], sums[2 * r + 1]);
         block_sums(sums, scratch[area]);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             float mean_p = centered ? sums[2 * r] * share : 0.0f, slope = sums[2 * r + 1] * share;
             i64 start = (first + done + r) * width;
+            Row &row = loaded[r];
             if (done + r >= count) continue;
 #pragma unroll
             for (int i = 0; i < ITERATIONS; ++i) {
                 int column = (i * THREADS + threadIdx.x) * PACK;
-                forget_derived(g[r][i]);
-                forget_derived(values[r][i]);
+                forget_derived(row.gradient[i]);
+                forget_derived(row.z[i]);
                 float dz[PACK], branch_out[PACK];
 #pragma unroll
                 for (int k = 0; k < PACK; ++k) {
-                    float n = (values[r][i][k] - found[r].x) * found[r].y;
-                    float p = g[r][i][k] * multiplier[i][k];
-                    dz[k] = fmaf(found[r].y, fmaf(-n, slope, p - mean_p), added[r][i][k]);
+                    float p = row.gradient[i][k] * multiplier[i][k];
+                    dz[k] = fmaf(row.statistics.y, fmaf(-row.normal(i, k), slope, p - mean_p), row.direct[i][k]);
                     branch_out[k] = gates[i][k] * dz[k];
-                    gate_sum[i][k] = fmaf(gated[r][i][k], dz[k], gate_sum[i][k]);
+                    gate_sum[i][k] = fmaf(row.branch[i][k], dz[k], gate_sum[i][k]);
                     if (BIASED) z_sum[i][k] += dz[k];
                 }
                 if (!inside(i, column, width)) continue;
@@ -184,16 +211,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) normalize_backward
         }
     }
     if (BIASED) {
-        // Loaded only now: over the rows its registers are needed.
-        float bias[ITERATIONS][PACK];
-        load_vector(bias, branch_bias + group * bias_stride, 0.0f, width);
-#pragma unroll
-        for (int i = 0; i < ITERATIONS; ++i)
-#pragma unroll
-            for (int k = 0; k < PACK; ++k) {
-                gate_sum[i][k] = fmaf(bias[i][k], z_sum[i][k], gate_sum[i][k]);
-                z_sum[i][k] *= gates[i][k];
-            }
+        apply_bias(gate_sum, z_sum, gates, branch_bias + group * bias_stride, width);
         if (bias_partial) store_sums(bias_partial + i64(blockIdx.x) * width, z_sum, width);
     }
     float *to = partial + i64(blockIdx.x) * (GATED ? 3 : 2) * width;

@@ -6,7 +6,7 @@ use crate::kernels::element;
 use crate::ops::cast;
 use crate::ops::linear::cuda::{SumTargets, add_partials};
 use crate::ops::row_blocks::RowBlocks;
-use crate::ops::row_blocks::cuda::{Runs, address, pack, push_vector, sum_runs};
+use crate::ops::row_blocks::cuda::{RunBlock, Runs, address, pack, push_vector, sum_runs};
 use crate::{DType, Result, Tensor};
 
 const FORWARD: Source = Source { name: "row_norm/forward", code: include_str!("forward.cu") };
@@ -18,7 +18,8 @@ const HELD: usize = 48;
 const FEW_HELD: usize = 16;
 const FEW_ROWS: usize = 16;
 
-/// Warps of the backward kernel that a multiprocessor runs at once: 168 registers for each thread.
+/// Warps of the backward kernel that a multiprocessor runs at once: 168 registers for each thread, with a few spills where a branch
+/// has a bias.
 const RESIDENT_WARPS: usize = 12;
 
 /// What a kernel is compiled for.
@@ -45,20 +46,23 @@ impl Kind {
     }
 }
 
-/// Geometry of the forward kernels: warps of a row, and packs of a thread.
+/// Geometry of the forward kernels: threads of a row, and packs of a thread.
 struct Team {
-    warps: usize,
+    threads: usize,
     iterations: usize,
 }
 
 impl Team {
-    /// `few` rows do not fill the device: each gets more warps, so that a thread has less to do one after the other.
+    /// `few` rows do not fill the device: each gets more warps, so that a thread has less to do one after the other. Half a warp
+    /// is enough where no thread of it goes without a pack, while some of a whole one would.
     fn new(kind: Kind, few: bool) -> Self {
-        let iterations = |warps: usize| kind.width.div_ceil(32 * warps * kind.pack);
+        let packs = kind.width.div_ceil(kind.pack);
         let held = if few { FEW_HELD } else { HELD };
-        let wide = |warps: &usize| iterations(*warps) * kind.pack <= held;
-        let warps = [1, 2, 4, 8, 16].into_iter().find(wide).unwrap_or(32);
-        Self { warps, iterations: iterations(warps) }
+        let halves = packs.is_multiple_of(16) && !packs.is_multiple_of(32) && !few;
+        let wide =
+            |threads: &usize| packs.div_ceil(*threads) * kind.pack <= held && (*threads > 16 || halves);
+        let threads = [16, 32, 64, 128, 256, 512].into_iter().find(wide).unwrap_or(1024);
+        Self { threads, iterations: packs.div_ceil(threads) }
     }
 
     fn of_rows(kind: Kind, rows: usize, cuda: &CudaDevice) -> Self {
@@ -66,13 +70,12 @@ impl Team {
     }
 
     fn macros(&self, kind: Kind) -> Vec<(&'static str, String)> {
-        kind.macros(&[("WARPS", self.warps), ("ITERATIONS", self.iterations)])
+        kind.macros(&[("TEAM", self.threads), ("ITERATIONS", self.iterations)])
     }
 
-    /// Rows of one warp are four to a block.
     fn launch(&self, rows: usize) -> Launch {
-        let teams = if self.warps == 1 { 4 } else { 1 };
-        Launch::new(rows.div_ceil(teams), 32 * self.warps * teams)
+        let teams = if self.threads > 32 { 1 } else { 128 / self.threads };
+        Launch::new(rows.div_ceil(teams), self.threads * teams)
     }
 }
 
@@ -203,13 +206,8 @@ pub(super) fn backward(cuda: &CudaDevice, op: &RowNorm, job: &Backward, targets:
         [Some(job.z), Some(job.gradient), job.sum_gradient, Some(job.z_gradient), branch, branch_gradient];
     let kind = Kind::new(width, &rows, &vectors);
     let columns = Columns::new(kind);
-    let runs = Runs::new(
-        job.blocks,
-        RESIDENT_WARPS,
-        columns.threads / 32,
-        columns.rows,
-        cuda.properties().multiprocessors,
-    );
+    let block = RunBlock { residents: RESIDENT_WARPS, warps: columns.threads / 32, together: columns.rows };
+    let runs = Runs::new(job.blocks, block, cuda.properties().multiprocessors);
     let partial = runs.partial_sums(job.z.device(), if branch.is_some() { 3 } else { 2 })?;
     let bias_partial = bias_partial_of(runs.count())?;
     let (gated, biased, direct) = (branch.is_some(), branch_bias.is_some(), job.sum_gradient.is_some());

@@ -7,13 +7,14 @@
 // (0: one row for all); branch_bias: one such row for all. All but the gate may be null.
 // PACK elements are loaded together: width and strides are multiples of it, all pointers of its bytes.
 //
-// Geometry: a team of WARPS warps has a row, of which each thread holds ITERATIONS packs, as few as do, in registers; teams
-// of one warp are four to a block, wider ones alone. Each thread loads its part of the row before anything waits.
+// Geometry: a team of TEAM threads (half a warp, a warp, or several) has a row, of which each thread holds ITERATIONS packs, as
+// few as do, in registers; teams of more than a warp have a block each, of others a block has four warps. Each thread loads its
+// part of the row before anything waits.
 // Deterministic: sums are taken in an order that the macros fix. `normalize_again` repeats the arithmetic of
 // `normalize` on the z and the statistics that it stored, so its y has the same bits.
 
-constexpr int TEAM = 32 * WARPS;
-constexpr int TEAMS = WARPS == 1 ? 4 : 1;
+constexpr int WARPS = TEAM > 32 ? TEAM / 32 : 1, LANES = TEAM < 32 ? TEAM : 32;
+constexpr int TEAMS = TEAM > 32 ? 1 : 128 / TEAM;
 
 // Whether the pack of this iteration lies in the row; only the last one may not.
 __device__ __forceinline__ bool inside(int iteration, int column, int width) {
@@ -22,7 +23,10 @@ __device__ __forceinline__ bool inside(int iteration, int column, int width) {
 
 // The sum over a team. `scratch` is used by one call only, so that one barrier is enough.
 __device__ __forceinline__ float team_sum(float value, float *scratch) {
-    value = warp_sum(value);
+    // The other half of a warp may have no row.
+    const u32 lanes = LANES < 32 ? ((1u << LANES % 32) - 1) << (threadIdx.x % 32 / LANES * LANES) : ~0u;
+#pragma unroll
+    for (int offset = LANES / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(lanes, value, offset);
     if (WARPS == 1) return value;
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
     __syncthreads();

@@ -258,8 +258,11 @@ fn rows_of_every_width_with_vectors_from_one_tensor() {
             [2, 300, 256],
         ];
         // A GPU has teams of their own for few rows.
-        let many: &[_] =
-            if matches!(device, Device::Cpu(_)) { &[] } else { &[[9, 256, 1152], [9, 256, 384]] };
+        let many: &[_] = if matches!(device, Device::Cpu(_)) {
+            &[]
+        } else {
+            &[[9, 256, 1152], [9, 256, 384], [9, 257, 384]]
+        };
         for dims in few.iter().chain(many).copied() {
             for dtype in [DType::F32, DType::BF16] {
                 let [b, _, d] = dims;

@@ -102,6 +102,7 @@ pub fn recipe(arguments: &BenchModel, config: &DitConfig, data: &Path) -> Result
             "classes": config.classes,
             "learn_sigma": config.learn_sigma,
             "checkpoint_activations": arguments.checkpoint_activations,
+            "recompute_norms": !arguments.keep_norms,
         },
         "data": {"kind": "npz", "path": data, "workers": 1},
         "ema": {"rates": [0.9999]},

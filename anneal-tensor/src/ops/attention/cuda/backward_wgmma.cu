@@ -30,8 +30,9 @@ constexpr int KEY_BLOCK = BOX_ROWS, KEY_STAGES = 2, KEY_TILES = KEY_BLOCK / 8;
 constexpr int STAGE_ROWS = BOX_ROWS * WALKING_GROUPS;
 constexpr int QUERY_ROWS = STAGE_ROWS * M_TILES;
 constexpr int SLOTS = WALKING_GROUPS;  // of p with ds, one for each walking group
-// Registers of a thread.
-constexpr int WALKING_REGISTERS = 184, OTHER_REGISTERS = 72;
+// Registers of a thread. Heads beyond a panel take walking groups more: their products by single chunks.
+constexpr bool PANEL_ALONE = HEAD_DIM <= 64;
+constexpr int WALKING_REGISTERS = PANEL_ALONE ? 168 : 184, OTHER_REGISTERS = PANEL_ALONE ? 88 : 72;
 typedef PanelLayout<STAGE_ROWS> QueryLayout;
 typedef BoxLayout KeyLayout;
 typedef float Scores[KEY_TILES][4];

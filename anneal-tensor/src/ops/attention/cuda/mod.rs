@@ -4,10 +4,9 @@
 //! with a head dim that is a multiple of 8 up to 128 (gradients by warpgroups up to 80), and plain loops for
 //! everything else. All of them are deterministic and save the log-sum as a natural logarithm.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::OnceLock;
 
-use anneal_device::cuda::{Arguments, Launch, Source, Variant};
+use anneal_device::cuda::{Arguments, Launch, Source, Variant, revision as revision_of};
 use anneal_device::{CudaDevice, Purpose};
 
 use super::{Attention, Gradients, Operands, Saved, Sizes};
@@ -311,10 +310,7 @@ fn reduce_bias(
 pub(super) fn revision() -> u64 {
     static REVISION: OnceLock<u64> = OnceLock::new();
     *REVISION.get_or_init(|| {
-        let mut hasher = DefaultHasher::new();
-        let all = [FORWARD_MMA, FORWARD_WGMMA, BACKWARD_MMA, BACKWARD_WGMMA, REDUCE, GENERIC];
-        all.iter().for_each(|source| source.code.hash(&mut hasher));
-        hasher.finish()
+        revision_of(&[FORWARD_MMA, FORWARD_WGMMA, BACKWARD_MMA, BACKWARD_WGMMA, REDUCE, GENERIC])
     })
 }
 
