@@ -164,6 +164,31 @@ fn load(
     Ok(Kernel { function, name })
 }
 
+/// How many clusters of `blocks` blocks of a kernel the device runs at once; 0 if it takes none.
+pub(crate) fn clusters_at_once(
+    ordinal: usize,
+    kernel: Kernel,
+    launch: Launch,
+    blocks: usize,
+) -> Result<usize, DeviceError> {
+    let ([x, y, z], [bx, by, bz]) = (launch.grid, launch.block);
+    let mut clusters = 0;
+    // SAFETY: both structures are plain numbers and pointers, of which zeros are valid; the attribute outlives the call.
+    let result = unsafe {
+        let mut size: sys::CUlaunchAttribute = std::mem::zeroed();
+        size.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        size.value.clusterDim.x = blocks as u32;
+        (size.value.clusterDim.y, size.value.clusterDim.z) = (1, 1);
+        let mut config: sys::CUlaunchConfig = std::mem::zeroed();
+        (config.gridDimX, config.gridDimY, config.gridDimZ) = (x, y, z);
+        (config.blockDimX, config.blockDimY, config.blockDimZ) = (bx, by, bz);
+        (config.sharedMemBytes, config.attrs, config.numAttrs) = (launch.shared, &mut size, 1);
+        sys::cuOccupancyMaxActiveClusters(&mut clusters, kernel.function, &config)
+    };
+    check("cuOccupancyMaxActiveClusters", ordinal, result)?;
+    Ok(clusters as usize)
+}
+
 /// # Safety
 /// The arguments are those of the kernel, and the memory behind them is valid on the stream.
 pub(crate) unsafe fn start(

@@ -179,6 +179,18 @@ impl CudaDevice {
         self.kernels.get(&self.properties, source, name, macros)
     }
 
+    /// How many clusters of `blocks` blocks of such a launch run at once: those of a cluster share a group of multiprocessors,
+    /// which may leave some idle. The grid must be a multiple of the cluster; 0 if the device takes none.
+    pub fn clusters_at_once(
+        &self,
+        kernel: Kernel,
+        launch: Launch,
+        blocks: usize,
+    ) -> Result<usize, DeviceError> {
+        self.bind()?;
+        launch::clusters_at_once(self.ordinal(), kernel, launch, blocks)
+    }
+
     /// Starts a kernel.
     ///
     /// # Safety

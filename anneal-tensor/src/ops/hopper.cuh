@@ -176,6 +176,37 @@ __device__ __forceinline__ void arrive_at(u32 barrier, u32 rank) {
         : "memory");
 }
 
+/// The same for what this thread read, and wrote for the other block.
+__device__ __forceinline__ void arrive_in_order_at(u32 barrier, u32 rank) {
+    asm volatile(
+        "{.reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
+/// `wait_barrier` where other blocks of the cluster arrive, or write to this one.
+__device__ __forceinline__ void wait_cluster_barrier(u32 barrier, int phase) {
+    asm volatile(
+        "{.reg .pred done;\n"
+        "again_%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again_%=;}" ::"r"(barrier),
+        "r"(phase & 1)
+        : "memory");
+}
+
+/// Writes to the place of the same address in block `rank` of the cluster; the bytes count at its barrier of that address.
+__device__ __forceinline__ void send_to(u32 place, const float (&values)[4], u32 barrier, u32 rank) {
+    asm volatile(
+        "{.reg .b32 remote, counted;\n"
+        "mapa.shared::cluster.u32 remote, %0, %6;\n"
+        "mapa.shared::cluster.u32 counted, %1, %6;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [remote], {%2,%3,%4,%5}, [counted];}" ::"r"(place),
+        "r"(barrier), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(rank)
+        : "memory");
+}
+
 /// Arrives, and lets the phase end only when so many bytes were copied.
 __device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

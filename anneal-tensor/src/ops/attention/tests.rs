@@ -345,9 +345,15 @@ fn many_heads_on_a_gpu_have_the_bits_of_each_alone() {
     let Device::Cuda(cuda) = &turn.device else { unreachable!("a CUDA device was asked for") };
     cuda.set_attention_backend(Some(AttentionBackend::Own));
     let (batch, heads, dtype) = (20, 16, DType::BF16);
-    for (queries, keys, dim) in
-        [(40, 40, 40), (130, 200, 64), (256, 200, 72), (256, 40, 72), (130, 200, 80), (40, 200, 72)]
-    {
+    for (queries, keys, dim) in [
+        (40, 40, 40),
+        (130, 200, 64),
+        (256, 200, 72),
+        (256, 40, 72),
+        (130, 200, 80),
+        (40, 200, 72),
+        (300, 70, 72),
+    ] {
         let case = Case { scale: 0.125, ..Case::new(batch, queries, keys, heads, dim) };
         let mut inputs = case.inputs();
         inputs[0].values[5] = f64::NAN;
@@ -392,11 +398,26 @@ fn many_heads_of_four_groups_of_queries() {
     }
 }
 
-/// As many heads as need no more than two parts of three blocks of queries: visits one after the other add their sums.
+/// Queries of three to eight blocks of threads, and more heads than clusters that a device runs at once.
 #[test]
-fn visits_of_one_part_add_up_on_a_gpu() {
-    let case = Case { scale: 0.125, ..Case::new(32, 600, 70, 16, 8) };
-    case.check_on_gpu("several visits", &case.inputs());
+fn clusters_hand_their_sums_on_on_a_gpu() {
+    let case = Case { scale: 0.125, ..Case::new(9, 600, 70, 16, 8) };
+    case.check_on_gpu("clusters", &case.inputs());
+    case.clone().masked().check_on_gpu("clusters, mask and bias", &case.with_bias(9, 1));
+    for (queries, keys, dim) in [(1000, 64, 72), (1900, 130, 40)] {
+        let case = Case { scale: -0.1, ..Case::new(2, queries, keys, 2, dim) };
+        case.check_on_gpu(&format!("clusters, {queries}x{keys}x{dim}"), &case.inputs());
+    }
+}
+
+/// Heads too wide for clusters, whose blocks of threads visit all queries; and more queries than clusters take, dealt to three parts of
+/// three visits.
+#[test]
+fn visits_and_parts_add_up_on_a_gpu() {
+    for (batch, queries, heads, dim) in [(10, 600, 16, 80), (20, 2100, 2, 8)] {
+        let case = Case { scale: 0.125, ..Case::new(batch, queries, 70, heads, dim) };
+        case.check_on_gpu(&format!("visits, {queries}x{dim}"), &case.inputs());
+    }
 }
 
 #[test]

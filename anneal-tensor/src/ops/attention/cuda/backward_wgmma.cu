@@ -9,16 +9,19 @@
 // The copy engine brings and stores boxes of 64 rows. Blocks of threads stay for several heads: queries of the next arrive
 // while this one is at work, and no group waits for another but where it needs its results.
 //
-// With at most `128 M_TILES` queries (256 tokens of an image) all gradients are final. With more, a block of threads visits its
-// share of the queries one after the other and adds to dk and dv in f32 in memory, where each address belongs to one
+// With at most `128 M_TILES` queries (256 tokens of an image) all gradients are final. With up to CLUSTER times as many, so they
+// are by a cluster: each of its blocks has a share of the queries, and they walk over the same keys one behind the other. dk
+// and dv of 64 keys go on from block to block, each of which begins with the sums of those before it. With more, a block of
+// threads visits its share one after the other and adds to dk and dv in f32 in memory, where each address belongs to one
 // thread; shares of several blocks are added by attention_reduce_rows.
 //
 // attention_backward_wgmma(Arguments, Maps): reads all but the gradients; writes query_gradient, key_gradient, value_gradient
 // (with several visits by way of `partial`, `[keys and values, parts, B, H, M, D]`) and, where not null, bias_partial.
-//   grid   as many blocks as run at once, at most parts heads batch
+//   grid   as many blocks as run at once, whole clusters of them, at most parts heads batch; of clusters, parts is CLUSTER
 //   block  512 threads
-//   shared 512 D QUERY_STAGES + 1152 D + 32768 + 1024 QUERY_STAGES + 1024 + 256 bytes
-// Macros beside those of common.cuh: M_TILES (1 or 2), QUERY_STAGES (of 128 queries, at least M_TILES).
+//   shared 512 D QUERY_STAGES + 1152 D + 32768 + 1024 QUERY_STAGES + 1024 + 256 bytes, and in clusters 512 D more
+// Macros beside those of common.cuh: M_TILES (1 or 2), QUERY_STAGES (of 128 queries, at least M_TILES), CLUSTER (blocks, 1 to 8),
+// ONE_VISIT (1 where one visit of a block or of each block of a cluster is all of a head; always in clusters).
 
 /// Of all rows.
 struct Maps {
@@ -29,6 +32,7 @@ constexpr int WALKING_GROUPS = 2, VALUE_GROUP = 2, KEY_GROUP = 3, THREADS = 4 * 
 constexpr int KEY_BLOCK = BOX_ROWS, KEY_STAGES = 2, KEY_TILES = KEY_BLOCK / 8;
 constexpr int STAGE_ROWS = BOX_ROWS * WALKING_GROUPS;
 constexpr int QUERY_ROWS = STAGE_ROWS * M_TILES;
+static_assert(CLUSTER == 1 || ONE_VISIT, "sums go on through a cluster, or are added in memory");
 constexpr int SLOTS = WALKING_GROUPS;  // of p with ds, one for each walking group
 // Registers of a thread. Heads beyond a panel take walking groups more: their products by single chunks.
 constexpr bool PANEL_ALONE = HEAD_DIM <= 64;
@@ -47,7 +51,9 @@ constexpr int SLOTS_OFFSET = OUTPUT_OFFSET + QueryLayout::BYTES;
 constexpr int STAGED_OFFSET = SLOTS_OFFSET + SLOTS * SLOT_BYTES;
 constexpr int STATISTICS_OFFSET = STAGED_OFFSET + (WALKING_GROUPS + 1) * KeyLayout::BYTES;
 constexpr int ZEROS_OFFSET = STATISTICS_OFFSET + QUERY_STAGES * STAGE_ROWS * 8;
-constexpr int BARRIERS_OFFSET = ZEROS_OFFSET + 64 * 16;
+// Sums of dv and dk from the block before, as the threads of their group hold them.
+constexpr int SUMS_OFFSET = ZEROS_OFFSET + 64 * 16, SUMS_BYTES = CHUNKS * GROUP_THREADS * 16;
+constexpr int BARRIERS_OFFSET = SUMS_OFFSET + (CLUSTER > 1 ? 2 * SUMS_BYTES : 0);
 static_assert(KeyLayout::BYTES <= SLOT_BYTES, "a slot holds 64 rows on their way out");
 
 __device__ __forceinline__ u32 query_tile(u32 shared, int stage) { return shared + stage * QUERY_STAGE_BYTES; }
@@ -69,7 +75,7 @@ __device__ __forceinline__ u32 statistics(u32 shared, int stage) {
 }
 
 // Barriers: do with o that arrived, queries with do and statistics, keys with values; keys that no walking group needs any more;
-// p and ds written and taken.
+// p and ds written and taken; in clusters, sums of the block before that arrived, and own ones that the next block has taken.
 __device__ __forceinline__ u32 upstream_arrived(u32 shared) { return barrier(shared + BARRIERS_OFFSET, 0); }
 __device__ __forceinline__ u32 queries_arrived(u32 shared, int stage) {
     return barrier(shared + BARRIERS_OFFSET, 1 + stage);
@@ -84,6 +90,10 @@ __device__ __forceinline__ u32 written(u32 shared, int slot, int what) {
     return barrier(shared + BARRIERS_OFFSET, 1 + QUERY_STAGES + 2 * KEY_STAGES + 2 * slot + what);
 }
 __device__ __forceinline__ u32 taken(u32 shared, int slot, int what) { return written(shared, slot + SLOTS, what); }
+template <bool keys> __device__ __forceinline__ u32 sums_arrived(u32 shared) {
+    return barrier(shared + BARRIERS_OFFSET, 1 + QUERY_STAGES + 2 * KEY_STAGES + 4 * SLOTS + keys);
+}
+template <bool keys> __device__ __forceinline__ u32 sums_taken(u32 shared) { return sums_arrived<keys>(shared) + 16; }
 
 __device__ __forceinline__ void make_barriers(u32 shared) {
     make_barrier(upstream_arrived(shared), 1);
@@ -98,6 +108,13 @@ __device__ __forceinline__ void make_barriers(u32 shared) {
             make_barrier(written(shared, slot, what), GROUP_WARPS);
             make_barrier(taken(shared, slot, what), GROUP_WARPS);
         }
+    if (CLUSTER > 1) {
+        make_barrier(sums_arrived<false>(shared), 1);
+        make_barrier(sums_arrived<true>(shared), 1);
+        make_barrier(sums_taken<false>(shared), GROUP_WARPS);
+        make_barrier(sums_taken<true>(shared), GROUP_WARPS);
+        publish_barriers();
+    }
 }
 
 /// What a block of threads works on at a time: a block of queries of a part of a head's. Found anew where it is needed, for the
@@ -111,13 +128,14 @@ struct Visit {
     __device__ __forceinline__ int b(const Arguments &a) const { return work / a.parts / a.heads; }
 
     __device__ __forceinline__ static int share(const Arguments &a) {
+        if (ONE_VISIT) return 1;
         return ((a.queries + QUERY_ROWS - 1) / QUERY_ROWS + a.parts - 1) / a.parts;
     }
     __device__ __forceinline__ int first_query(const Arguments &a) const {
         return (part(a) * share(a) + block) * QUERY_ROWS;
     }
     __device__ __forceinline__ bool is_last(const Arguments &a) const {
-        return block + 1 == share(a) || first_query(a) + QUERY_ROWS >= a.queries;
+        return ONE_VISIT || block + 1 == share(a) || first_query(a) + QUERY_ROWS >= a.queries;
     }
     __device__ __forceinline__ void next(const Arguments &a) {
         if (is_last(a)) work += gridDim.x, block = 0;
@@ -412,6 +430,35 @@ __device__ __forceinline__ void add_products(
     }
 }
 
+/// Sums of the blocks of threads before this one of the cluster; `step` numbers the blocks of keys of all visits.
+template <bool keys>
+__device__ __forceinline__ void take_sums(float (&c)[CHUNKS][4], u32 shared, int rank, int step) {
+    const int thread = threadIdx.x % GROUP_THREADS;
+    const u32 arrived = sums_arrived<keys>(shared), place = shared + SUMS_OFFSET + keys * SUMS_BYTES + thread * 16;
+    if (thread == 0 && step == 0) expect_bytes(arrived, SUMS_BYTES);
+    __syncwarp();
+    wait_cluster_barrier(arrived, step);
+#pragma unroll
+    for (int n = 0; n < CHUNKS; n++)
+        asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                     : "=f"(c[n][0]), "=f"(c[n][1]), "=f"(c[n][2]), "=f"(c[n][3])
+                     : "r"(place + n * GROUP_THREADS * 16)
+                     : "memory");
+    if (thread == 0) expect_bytes(arrived, SUMS_BYTES);
+    __syncwarp();
+    if (thread % 32 == 0) arrive_in_order_at(sums_taken<keys>(shared), rank - 1);
+    __syncwarp();
+}
+
+/// The way on, to the next block of threads.
+template <bool keys>
+__device__ __forceinline__ void send_sums(const float (&c)[CHUNKS][4], u32 shared, int rank, int step) {
+    wait_cluster_barrier(sums_taken<keys>(shared), step - 1);
+    const u32 place = shared + SUMS_OFFSET + keys * SUMS_BYTES + threadIdx.x % GROUP_THREADS * 16;
+#pragma unroll
+    for (int n = 0; n < CHUNKS; n++) send_to(place + n * GROUP_THREADS * 16, c[n], sums_arrived<keys>(shared), rank + 1);
+}
+
 /// dk or dv of 64 keys, to memory.
 template <bool keys>
 __device__ __forceinline__ void finish_keys(
@@ -419,7 +466,7 @@ __device__ __forceinline__ void finish_keys(
     const Rows &gradient = keys ? a.key_gradient : a.value_gradient;
     const float scale = keys ? a.scale : 1.0f;
     if (gradient.data == nullptr) return;
-    if (at.block == 0 && at.is_last(a) && a.parts == 1) {
+    if (ONE_VISIT || (at.block == 0 && at.is_last(a) && a.parts == 1)) {
         const RowMaps &rows = keys ? maps.key_gradient : maps.value_gradient;
         const int group = keys ? KEY_GROUP : VALUE_GROUP;
         meet_with_boxes_left(group);
@@ -445,7 +492,8 @@ template <bool keys> __device__ __forceinline__ void sum_all(const Arguments &a,
     Ring<QUERY_STAGES> queries;
     const int blocks = key_blocks(a);
     for (int n = 0; n < KEY_STAGES; n++) ahead.request_keys(a, maps);
-    int round = 0, block = 0, query_requests = QUERY_STAGES;
+    const int rank = CLUSTER > 1 ? rank_in_cluster() : 0;
+    int round = 0, block = 0, query_requests = QUERY_STAGES, step = 0;
     bool first_visit = true;
 #pragma unroll 1
     while (true) {
@@ -459,11 +507,17 @@ template <bool keys> __device__ __forceinline__ void sum_all(const Arguments &a,
             if (m == 0 && (block > 0 || !first_visit)) ahead.request_keys(a, maps);
             if (ahead.pending == after.stage) ahead.finish_queries();
             if (block == 0) wait_barrier(queries_arrived(shared, after.stage), after.round);
-            add_products<keys>(c, shared, round++, after.stage, m > 0);
+            if (m == 0 && rank > 0) {
+                ahead.finish_queries();  // nobody here should wait for the other block longer than this group
+                take_sums<keys>(c, shared, rank, step);
+            }
+            add_products<keys>(c, shared, round++, after.stage, m > 0 || rank > 0);
             after.next();
         }
         ahead.finish_queries();  // dv goes where o is
-        finish_keys<keys>(c, a, maps, at, shared, block);
+        if (rank + 1 < CLUSTER) send_sums<keys>(c, shared, rank, step);
+        else finish_keys<keys>(c, a, maps, at, shared, block);
+        step++;
         query_requests = block == 0 && !first_visit ? LATE_STAGES : 0;
         if (++block < blocks) continue;
         meet_group(keys ? KEY_GROUP : VALUE_GROUP);  // all its products have read what may be copied over now
@@ -475,7 +529,13 @@ template <bool keys> __device__ __forceinline__ void sum_all(const Arguments &a,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && CLUSTER > 1
+#define CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTERS
+#endif
+
+extern "C" __global__ void CLUSTERS __launch_bounds__(THREADS, 1)
     attention_backward_wgmma(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere an empty kernel that nobody starts
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -485,6 +545,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x == 0) make_barriers(shared);
     publish();
     __syncthreads();
+    if (CLUSTER > 1) meet_cluster();
     if (group < WALKING_GROUPS) {
         take_registers<WALKING_REGISTERS>();
         walk_all(a, maps, shared, group);
@@ -494,5 +555,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         else sum_all<false>(a, maps, shared);
     }
     wait_boxes_left();  // shared memory goes with the last thread
+    if (CLUSTER > 1) {
+        // No block ends while another may write to it.
+        __syncwarp();
+        meet_cluster();
+    }
 #endif
 }

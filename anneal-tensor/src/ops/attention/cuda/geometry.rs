@@ -41,6 +41,9 @@ impl Family {
     }
 }
 
+const CLUSTER: &str = "CLUSTER";
+/// Blocks of a cluster that every device of the generation takes.
+const LARGEST_CLUSTER: usize = 8;
 /// Widest heads whose gradients by warpgroups fit the registers.
 const WIDEST_BY_WARPGROUPS: usize = 80;
 
@@ -96,7 +99,7 @@ impl Geometry {
 
     pub(super) fn backward(family: Family, dim: usize, queries: usize, properties: &Properties) -> Self {
         match family {
-            Family::Warpgroups => Self::backward_of_warpgroups(dim, queries),
+            Family::Warpgroups => Self::backward_of_warpgroups(dim, queries, true),
             Family::Warps => {
                 Self::first_that_fits(Self::all_backward_of_warps(dim), properties.shared_memory_per_block)
             }
@@ -127,13 +130,30 @@ impl Geometry {
         Self { macros, rows: 64 * groups, threads: 128 * (groups + 1), shared }
     }
 
-    pub(super) fn backward_of_warpgroups(dim: usize, queries: usize) -> Self {
+    /// With `clusters` the blocks of threads that share a head's queries form one, where it has room for what they send
+    /// each other.
+    pub(super) fn backward_of_warpgroups(dim: usize, queries: usize, clusters: bool) -> Self {
         let tiles = if queries > 128 { 2 } else { 1 };
+        let rows = 128 * tiles;
+        let blocks = queries.div_ceil(rows);
+        let narrow = dim <= 72;
+        let cluster = if clusters && narrow && blocks <= LARGEST_CLUSTER { blocks } else { 1 };
         // With a stage to spare, the next head's first queries arrive while this head is at work.
-        let stages = if dim <= 72 { 3 } else { 2 };
-        let macros = vec![("M_TILES", tiles), ("QUERY_STAGES", stages)];
-        let shared = dim * (512 * stages + 1152) + 32_768 + 1024 * stages + 1024 + 256;
-        Self { macros, rows: 128 * tiles, threads: 512, shared }
+        let stages = if narrow && cluster == 1 { 3 } else { 2 };
+        let macros = vec![
+            ("M_TILES", tiles),
+            ("QUERY_STAGES", stages),
+            (CLUSTER, cluster),
+            ("ONE_VISIT", usize::from(blocks == cluster)),
+        ];
+        let sums = if cluster > 1 { 512 * dim } else { 0 };
+        let shared = dim * (512 * stages + 1152) + 32_768 + 1024 * stages + 1024 + 256 + sums;
+        Self { macros, rows, threads: 512, shared }
+    }
+
+    /// Blocks of threads of a cluster.
+    pub(super) fn cluster(&self) -> usize {
+        self.macros.iter().find(|(name, _)| *name == CLUSTER).map_or(1, |(_, blocks)| *blocks)
     }
 
     pub(super) fn forward_of_warps(dim: usize) -> Self {
@@ -183,12 +203,28 @@ impl Geometry {
     }
 }
 
-/// Parts that backward's blocks of keys (of queries, by warpgroups) are dealt to, none of them empty: enough to fill the device, few
+/// Parts that the blocks of keys of backward by warps are dealt to, none of them empty: enough to fill the device, few
 /// enough that their sums stay cheap.
-pub(super) fn parts(blocks: usize, heads: usize, multiprocessors: usize) -> usize {
+pub(super) fn parts_of_keys(blocks: usize, heads: usize, multiprocessors: usize) -> usize {
     let enough = (6 * multiprocessors).div_ceil(heads).min(4).max(multiprocessors.div_ceil(heads));
-    let share = blocks.div_ceil(enough.min(blocks));
-    blocks.div_ceil(share)
+    without_empty(blocks, enough)
+}
+
+/// Parts that the blocks of queries of backward by warpgroups are dealt to: those that are over first, one block of threads a
+/// multiprocessor, where each part costs about a sixteenth for its sums.
+pub(super) fn parts_of_queries(blocks: usize, heads: usize, multiprocessors: usize) -> usize {
+    let cost = |parts: &usize| {
+        (parts * heads).div_ceil(multiprocessors) * blocks.div_ceil(*parts) * (PART_COST + parts)
+    };
+    (1..=MOST_PARTS).map(|parts| without_empty(blocks, parts)).min_by_key(cost).expect("there is one")
+}
+
+const PART_COST: usize = 16;
+const MOST_PARTS: usize = 16;
+
+/// So many parts, or fewer, so that each has a block.
+fn without_empty(blocks: usize, parts: usize) -> usize {
+    blocks.div_ceil(blocks.div_ceil(parts.min(blocks)))
 }
 
 #[cfg(test)]
@@ -199,11 +235,25 @@ mod tests {
     fn parts_cover_all_blocks_and_none_is_empty() {
         for blocks in 1..40 {
             for heads in [1, 16, 256, 4096] {
-                let parts = parts(blocks, heads, 132);
-                let share = blocks.div_ceil(parts);
-                assert!((parts - 1) * share < blocks && parts * share >= blocks, "{blocks} {heads} {parts}");
+                for parts in [parts_of_keys, parts_of_queries].map(|parts| parts(blocks, heads, 132)) {
+                    let share = blocks.div_ceil(parts);
+                    let covered = (parts - 1) * share < blocks && parts * share >= blocks;
+                    assert!(covered, "{blocks} {heads} {parts}");
+                }
             }
         }
+    }
+
+    #[test]
+    fn parts_of_queries_are_those_that_are_over_first() {
+        // Sixteen blocks of queries (4096 tokens); times in blocks, of one part and of the best.
+        let parts = |heads| parts_of_queries(16, heads, 132);
+        assert_eq!(parts(64), 2); // 16, 8
+        assert_eq!(parts(80), 3); // 16, 12: 2 times 6 blocks
+        assert_eq!(parts(128), 1); // 16; two parts take 16 too
+        assert_eq!(parts(512), 1);
+        assert_eq!(parts(16), 8); // 16, 2
+        assert_eq!(parts(1), 16); // 16, 1
     }
 
     #[test]
@@ -228,7 +278,10 @@ mod tests {
                 [false, true].iter().all(|few| Geometry::forward_of_warpgroups(dim, *few).shared <= hopper)
             );
             if Family::Warpgroups.backward(dim) == Family::Warpgroups {
-                assert!(Geometry::backward_of_warpgroups(dim, 256).shared <= hopper);
+                for (queries, clusters) in [(64, true), (256, true), (300, true), (2048, true), (300, false)]
+                {
+                    assert!(Geometry::backward_of_warpgroups(dim, queries, clusters).shared <= hopper);
+                }
             }
             // sm_86 and sm_89 have the least.
             assert!(Geometry::forward_of_warps(dim).shared <= 101_376);

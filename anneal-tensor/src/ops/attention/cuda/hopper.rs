@@ -46,7 +46,40 @@ pub(super) fn forward(
     start(cuda, (&FORWARD_WGMMA, "attention_forward_wgmma"), macros, launch, arguments)
 }
 
-/// One kernel makes all gradients; where it deals the queries to several parts, another adds their `dk` and `dv`.
+/// How backward deals the queries of all heads.
+struct Deal {
+    geometry: Geometry,
+    /// Parts of a head's queries, each of one block of threads.
+    parts: usize,
+    /// Whether those of a head are a cluster.
+    clusters: bool,
+    /// Blocks of threads.
+    grid: usize,
+}
+
+impl Deal {
+    /// In clusters, where a head needs several blocks of threads and the device takes such.
+    fn new(cuda: &CudaDevice, sizes: &Sizes, macros: &[(&'static str, String)]) -> Result<Self> {
+        let (dim, queries, heads) = (sizes.dim, sizes.queries, sizes.batch * sizes.heads);
+        let geometry = Geometry::backward(Family::Warpgroups, dim, queries, cuda.properties());
+        let parts = geometry.cluster();
+        if parts > 1 {
+            let own = [macros.to_vec(), geometry.macros()].concat();
+            let kernel = cuda.kernel(&BACKWARD_WGMMA, "attention_backward_wgmma", &own)?;
+            let launch = geometry.launch([parts * heads, 1, 1]);
+            let clusters = cuda.clusters_at_once(kernel, launch, parts).unwrap_or(0).min(heads);
+            if clusters > 0 {
+                return Ok(Self { geometry, parts, clusters: true, grid: parts * clusters });
+            }
+        }
+        let multiprocessors = cuda.properties().multiprocessors;
+        let geometry = Geometry::backward_of_warpgroups(dim, queries, false);
+        let parts = geometry::parts_of_queries(queries.div_ceil(geometry.rows), heads, multiprocessors);
+        Ok(Self { geometry, parts, clusters: false, grid: multiprocessors.min(parts * heads) })
+    }
+}
+
+/// One kernel makes all gradients; where queries are dealt to several parts without clusters, another adds their `dk` and `dv`.
 pub(super) fn backward(
     cuda: &CudaDevice,
     op: &Attention,
@@ -57,14 +90,12 @@ pub(super) fn backward(
     mut parameters: Parameters,
 ) -> Result<()> {
     let Sizes { batch, queries, keys, heads, dim } = op.sizes;
-    let multiprocessors = cuda.properties().multiprocessors;
-    let geometry = Geometry::backward(Family::Warpgroups, dim, queries, cuda.properties());
-    let blocks = queries.div_ceil(geometry.rows);
-    let parts = geometry::parts(blocks, batch * heads, multiprocessors);
+    let Deal { geometry, parts, clusters, grid } = Deal::new(cuda, &op.sizes, macros)?;
     let sums = [2, parts, batch, heads, keys, dim];
     let device = saved.output.device();
-    let partial =
-        (blocks > 1).then(|| Tensor::empty_for(device, &sums, DType::F32, Purpose::Workspace)).transpose()?;
+    let partial = (!clusters && queries > geometry.rows)
+        .then(|| Tensor::empty_for(device, &sums, DType::F32, Purpose::Workspace))
+        .transpose()?;
     parameters.parts = parts as i32;
     parameters.partial = partial.as_ref().map_or(std::ptr::null_mut(), Tensor::address);
 
@@ -76,7 +107,7 @@ pub(super) fn backward(
     for (map, rows) in maps.iter_mut().zip(inputs.into_iter().chain(outputs)) {
         *map = maps_of(cuda, rows)?;
     }
-    let launch = geometry.launch([multiprocessors.min(parts * heads * batch), 1, 1]);
+    let launch = geometry.launch([grid, 1, 1]);
     let own = [macros.to_vec(), geometry.macros()].concat();
     let arguments = Arguments::new().with(parameters).with(maps);
     start(cuda, (&BACKWARD_WGMMA, "attention_backward_wgmma"), &own, launch, arguments)?;

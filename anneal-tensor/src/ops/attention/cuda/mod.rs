@@ -253,7 +253,7 @@ fn backward_by_warps(
     let geometry = Geometry::backward(Family::Warps, dim, queries, cuda.properties());
     let own = [macros.to_vec(), geometry.macros()].concat();
     let blocks = keys.div_ceil(geometry.rows);
-    let parts = geometry::parts(blocks, batch * heads, cuda.properties().multiprocessors);
+    let parts = geometry::parts_of_keys(blocks, batch * heads, cuda.properties().multiprocessors);
     let sums = [parts, batch, heads, queries, dim];
     let partial = query
         .filter(|_| blocks > 1)
@@ -327,8 +327,9 @@ pub(in crate::ops) fn variants() -> Vec<Variant> {
         (DType::F16, None, 80),
         (DType::F16, Some(DType::F32), 40),
     ] {
-        for queries in [64, 256] {
-            let geometry = Geometry::backward_of_warpgroups(dim, queries);
+        // One block of threads, two and four in a cluster, several visits.
+        for (queries, clusters) in [(64, true), (256, true), (512, true), (1024, true), (512, false)] {
+            let geometry = Geometry::backward_of_warpgroups(dim, queries, clusters);
             all.push(variant(BACKWARD_WGMMA, &macros(dim, dtype, bias), geometry));
         }
     }
