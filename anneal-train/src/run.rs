@@ -165,7 +165,7 @@ impl<'a> Run<'a> {
         warnings.extend(resumed.warnings);
         warnings.extend(trainer.data().warning());
         let goes_on = trainer.steps_done() < recipe.train.steps as u64;
-        *former = Some(FormerFiles::of(&folder, &[RECIPE, PLAN, METRICS])?);
+        *former = Some(FormerFiles::of(&folder, &[RECIPE, PLAN])?);
         let run = Self::open(trainer, lock, folder, options)?;
         if let Some(changes) = resumed.changes.filter(|_| goes_on) {
             run.progress.screen().tell(&format!("continues with {changes}"));
@@ -187,7 +187,7 @@ impl<'a> Run<'a> {
             anneal_weights::write_atomic(&recipe_path(&folder), yaml.as_bytes())?;
             anneal_weights::write_atomic(&folder.join(PLAN), plan.as_bytes())?;
         }
-        let (metrics, _) = MetricsLog::open(&folder.join(METRICS), step)?;
+        let metrics = MetricsLog::open(&folder.join(METRICS), step)?;
         let mut events = (step < steps).then(|| EventWriter::create(&folder, step)).transpose()?;
         if let Some(events) = &mut events {
             events.text(step, "recipe", &verbatim(&yaml))?;

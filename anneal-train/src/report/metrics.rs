@@ -1,22 +1,23 @@
 //! `metrics.jsonl`: one JSON object a line and a step, readable by anything, while the run goes on.
 //!
 //! Contract: steps increase from line to line, and a run that was interrupted and resumed leaves each step once,
-//! as an uninterrupted one does. So opening at step S drops the lines after S (the run will compute them again),
-//! finishes a last line that a kill left without its end, or drops it. Dropping rewrites the file beside itself
-//! and renames it, so a kill during the repair loses nothing either. A line is one write call: it is in the
-//! kernel's hands when [`MetricsLog::write`] returns, and on the disk after [`MetricsLog::sync`], which a
-//! checkpoint calls so that its own step is never missing.
+//! as an uninterrupted one does. So the first line that a run writes after step S, or its first checkpoint, drops the
+//! lines after S (the run computes them again) and finishes a last line that a kill left without its end, or drops it;
+//! a start that comes to neither changes nothing. Dropping rewrites the file beside itself and renames it, so a kill
+//! during the repair loses nothing either. A line is one write call: it is in the kernel's hands when
+//! [`MetricsLog::write`] returns, and on the disk after [`MetricsLog::sync`], which a checkpoint calls so that its own
+//! step is never missing.
 //!
 //! JSON has no NaN and no infinity: they are written as `null` and read back as NaN.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader};
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ReportError, summary};
+use super::ReportError;
 use anneal_weights::{Appender, FileError, write_atomic};
 
 /// One line of the file. The fields that are not finite become `null`.
@@ -43,56 +44,46 @@ pub struct StepMetrics {
 const FIELDS: [&str; 8] =
     ["step", "time", "loss", "grad_norm", "lr", "images_per_second", "memory_bytes", "nonfinite_skipped"];
 
-/// What opening an existing file changed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Repair {
-    /// Lines kept.
-    pub kept: u64,
-    /// Whole lines dropped because their step comes after the step resumed from, or comes again later.
-    pub cut: u64,
-    /// Lines that were no metrics: half-written by a killed process, or damaged.
-    pub damaged: u64,
-}
-
-impl std::fmt::Display for Repair {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(out, "{} kept", summary::plural(self.kept, "line"))?;
-        if self.cut > 0 {
-            write!(out, ", {} after the resumed step dropped", self.cut)?;
-        }
-        if self.damaged > 0 {
-            write!(out, ", {} damaged dropped", self.damaged)?;
-        }
-        Ok(())
-    }
-}
-
 /// The open file. It has one writer.
 #[derive(Debug)]
 pub struct MetricsLog {
     file: Appender,
+    /// The step that the run goes on after, until the lines of later ones are dropped.
+    undropped: Option<u64>,
     last_step: Option<u64>,
 }
 
 impl MetricsLog {
-    /// Opens or creates `path` for a run that goes on after `resumed_step` (0: from the start).
+    /// Opens or creates `path` for a run that goes on after `resumed_step` (0: from the start). What it holds stays as it
+    /// is.
     ///
     /// # Errors
-    /// If the file cannot be read, rewritten or opened; the message names it.
-    pub fn open(path: &Path, resumed_step: u64) -> Result<(Self, Repair), ReportError> {
-        let (content, repair) = repaired(path, resumed_step)?;
+    /// If the file cannot be opened; the message names it.
+    pub fn open(path: &Path, resumed_step: u64) -> Result<Self, ReportError> {
+        Ok(Self { file: Appender::open(path)?, undropped: Some(resumed_step), last_step: None })
+    }
+
+    /// Drops the lines after the step that the run goes on after, once.
+    fn drop_later_steps(&mut self) -> Result<(), ReportError> {
+        let Some(resumed_step) = self.undropped else { return Ok(()) };
+        let path = self.file.path();
+        let content = repaired(path, resumed_step)?;
         if let Some(bytes) = &content.rewritten {
             write_atomic(path, bytes)?;
+            self.file = Appender::open(path)?;
         }
-        Ok((Self { file: Appender::open(path)?, last_step: content.last_step }, repair))
+        self.last_step = content.last_step;
+        self.undropped = None;
+        Ok(())
     }
 
     /// Appends one line.
     ///
     /// # Errors
-    /// A step that is not after the last one, an extra key with a built-in name, or a failed write (a full disk),
-    /// after which the file still ends in a whole line.
+    /// A step that is not after the last one, an extra key with a built-in name, a file that cannot be read or rewritten,
+    /// or a failed write (a full disk), after which the file still ends in a whole line.
     pub fn write(&mut self, metrics: &StepMetrics) -> Result<(), ReportError> {
+        self.drop_later_steps()?;
         if let Some(last) = self.last_step.filter(|last| metrics.step <= *last) {
             return Err(ReportError::StepOrder {
                 path: self.file.path().to_path_buf(),
@@ -115,12 +106,9 @@ impl MetricsLog {
     /// # Errors
     /// If the system reports that it could not write them.
     pub fn sync(&mut self) -> Result<(), ReportError> {
+        // A step between two lines may be saved: the next start would take later lines of before for its past.
+        self.drop_later_steps()?;
         Ok(self.file.sync()?)
-    }
-
-    /// The last step in the file.
-    pub fn last_step(&self) -> Option<u64> {
-        self.last_step
     }
 }
 
@@ -136,47 +124,28 @@ struct StepOnly {
     step: u64,
 }
 
-fn repaired(path: &Path, resumed_step: u64) -> Result<(Content, Repair), FileError> {
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        Err(error) => return Err(FileError::on("read", path)(error)),
-    };
-    let mut repair = Repair::default();
+fn repaired(path: &Path, resumed_step: u64) -> Result<Content, FileError> {
+    let bytes = std::fs::read(path).map_err(FileError::on("read", path))?;
     let mut kept: Vec<(u64, &[u8])> = Vec::new();
     for line in bytes.split_inclusive(|byte| *byte == b'\n') {
         let text = line.strip_suffix(b"\n").unwrap_or(line);
-        if text.is_empty() {
-            continue;
-        }
-        let Ok(StepOnly { step }) = serde_json::from_slice(text) else {
-            repair.damaged += 1;
-            continue;
-        };
+        let Ok(StepOnly { step }) = serde_json::from_slice(text) else { continue };
         if step > resumed_step {
-            repair.cut += 1;
             continue;
         }
         // A step that comes again was computed again: the later line is the run's.
         while kept.last().is_some_and(|(last, _)| *last >= step) {
             kept.pop();
-            repair.cut += 1;
         }
         kept.push((step, text));
     }
-    repair.kept = kept.len() as u64;
     let last_step = kept.last().map(|(step, _)| *step);
-    let intact = kept.iter().map(|(_, text)| text.len() + 1).sum::<usize>() == bytes.len()
-        && repair.cut + repair.damaged == 0;
-    let rewritten = (!intact).then(|| {
-        let mut whole = Vec::with_capacity(bytes.len() + 1);
-        for (_, text) in &kept {
-            whole.extend_from_slice(text);
-            whole.push(b'\n');
-        }
-        whole
-    });
-    Ok((Content { rewritten, last_step }, repair))
+    let mut whole = Vec::with_capacity(bytes.len() + 1);
+    for (_, text) in &kept {
+        whole.extend_from_slice(text);
+        whole.push(b'\n');
+    }
+    Ok(Content { rewritten: (whole != bytes).then_some(whole), last_step })
 }
 
 /// Reads named figures over the steps, for a plot: `curves(path, &["loss", "grad_norm"])` gives one list of
@@ -223,12 +192,11 @@ mod tests {
         }
     }
 
-    fn write_steps(path: &Path, resumed_step: u64, steps: std::ops::RangeInclusive<u64>) -> Repair {
-        let (mut log, repair) = MetricsLog::open(path, resumed_step).unwrap();
+    fn write_steps(path: &Path, resumed_step: u64, steps: std::ops::RangeInclusive<u64>) {
+        let mut log = MetricsLog::open(path, resumed_step).unwrap();
         for step in steps {
             log.write(&metrics(step)).unwrap();
         }
-        repair
     }
 
     fn file() -> (tempfile::TempDir, PathBuf) {
@@ -246,7 +214,7 @@ mod tests {
     #[test]
     fn a_line_is_one_flat_object() {
         let (_folder, path) = file();
-        let (mut log, _) = MetricsLog::open(&path, 0).unwrap();
+        let mut log = MetricsLog::open(&path, 0).unwrap();
         let mut line = metrics(1);
         line.extra.insert("validation_loss".into(), 0.25);
         log.write(&line).unwrap();
@@ -262,7 +230,7 @@ mod tests {
     #[test]
     fn non_finite_numbers_stay_valid_json() {
         let (_folder, path) = file();
-        let (mut log, _) = MetricsLog::open(&path, 0).unwrap();
+        let mut log = MetricsLog::open(&path, 0).unwrap();
         let mut line = metrics(1);
         line.loss = f32::NAN;
         line.grad_norm = f32::INFINITY;
@@ -282,9 +250,20 @@ mod tests {
     fn resumed_file_equals_the_uninterrupted_one() {
         let (_folder, path) = file();
         write_steps(&path, 0, 1..=7);
-        let repair = write_steps(&path, 4, 5..=9);
-        assert_eq!(repair, Repair { kept: 4, cut: 3, damaged: 0 });
+        write_steps(&path, 4, 5..=9);
         assert_eq!(std::fs::read(&path).unwrap(), uninterrupted(9));
+    }
+
+    #[test]
+    fn lines_stay_until_the_first_new_one_or_a_checkpoint() {
+        let (_folder, path) = file();
+        write_steps(&path, 0, 1..=7);
+        let mut log = MetricsLog::open(&path, 4).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), uninterrupted(7));
+        log.sync().unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), uninterrupted(4));
+        log.write(&metrics(5)).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), uninterrupted(5));
     }
 
     #[test]
@@ -305,21 +284,17 @@ mod tests {
         let (_folder, path) = file();
         let whole = uninterrupted(3);
         std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
-        let (log, repair) = MetricsLog::open(&path, 3).unwrap();
-        assert_eq!(repair, Repair { kept: 3, cut: 0, damaged: 0 });
-        assert_eq!(log.last_step(), Some(3));
-        assert_eq!(std::fs::read(&path).unwrap(), whole);
+        write_steps(&path, 3, 4..=4);
+        assert_eq!(std::fs::read(&path).unwrap(), uninterrupted(4));
     }
 
     #[test]
-    fn zeros_left_by_a_power_cut_are_dropped_and_counted() {
+    fn zeros_left_by_a_power_cut_are_dropped() {
         let (_folder, path) = file();
         let mut bytes = uninterrupted(2);
         bytes.extend_from_slice(&[0; 40]);
         std::fs::write(&path, bytes).unwrap();
-        let (_, repair) = MetricsLog::open(&path, 9).unwrap();
-        assert_eq!(repair, Repair { kept: 2, cut: 0, damaged: 1 });
-        assert_eq!(repair.to_string(), "2 lines kept, 1 damaged dropped");
+        MetricsLog::open(&path, 9).unwrap().sync().unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), uninterrupted(2));
     }
 
@@ -329,8 +304,7 @@ mod tests {
         let mut bytes = uninterrupted(3);
         bytes.extend_from_slice(b"{\"step\":2,\"loss\":7.0}\n");
         std::fs::write(&path, bytes).unwrap();
-        let (_, repair) = MetricsLog::open(&path, 9).unwrap();
-        assert_eq!(repair, Repair { kept: 2, cut: 2, damaged: 0 });
+        MetricsLog::open(&path, 9).unwrap().sync().unwrap();
         assert_eq!(curves(&path, &["loss"]).unwrap(), [vec![(1, 0.1), (2, 7.0)]]);
     }
 
@@ -348,7 +322,7 @@ mod tests {
     #[test]
     fn steps_only_go_up() {
         let (_folder, path) = file();
-        let (mut log, _) = MetricsLog::open(&path, 0).unwrap();
+        let mut log = MetricsLog::open(&path, 0).unwrap();
         log.write(&metrics(5)).unwrap();
         let message = log.write(&metrics(5)).unwrap_err().to_string();
         assert!(message.contains("cannot record step 5 after step 5"), "{message}");
@@ -357,7 +331,7 @@ mod tests {
     #[test]
     fn an_extra_key_may_not_hide_a_field() {
         let (_folder, path) = file();
-        let (mut log, _) = MetricsLog::open(&path, 0).unwrap();
+        let mut log = MetricsLog::open(&path, 0).unwrap();
         let mut line = metrics(1);
         line.extra.insert("loss".into(), 1.0);
         let message = log.write(&line).unwrap_err().to_string();
@@ -390,12 +364,12 @@ mod tests {
     #[test]
     fn a_full_disk_is_named() {
         let file = Appender::open(Path::new("/dev/full")).unwrap();
-        let mut log = MetricsLog { file, last_step: None };
+        let mut log = MetricsLog { file, undropped: None, last_step: None };
         assert_eq!(
             log.write(&metrics(1)).unwrap_err().to_string(),
             "cannot write /dev/full: the disk is full; free some space or choose another folder, then run the \
              same command again"
         );
-        assert_eq!(log.last_step(), None, "the step may be written again");
+        assert_eq!(log.last_step, None, "the step may be written again");
     }
 }
