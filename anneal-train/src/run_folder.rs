@@ -7,30 +7,30 @@ use std::path::Path;
 use anneal_recipe::Recipe;
 use anneal_weights::FileError;
 
-use crate::checkpoint::{self, Checkpoint};
+use crate::checkpoint::{self, Checkpoint, Newest};
 use crate::error::{Result, TrainError};
 use crate::state::{self, SavedState};
 
 /// Bytes of a file's name, on every usual file system.
 const LONGEST_NAME: usize = 255;
 
-/// Looks at the recipe's run folder; the step of the checkpoint that training would go on from, if there is one.
+/// Looks at the recipe's run folder: the step of the checkpoint that training would go on from, if there is one, and
+/// warnings of newer ones that are damaged.
 ///
-/// Of checkpoints only the newest that opens is looked at, and its files are not read.
+/// Files of checkpoints are not read: what is damaged is seen by their manifests and lengths.
 ///
 /// # Errors
-/// If it cannot be made or is a file, or if its checkpoint is of another recipe or further than this one goes.
-pub fn check_run_folder(recipe: &Recipe) -> Result<Option<u64>> {
+/// If it cannot be made or is a file; if all of its checkpoints are damaged, or the newest is of a newer Anneal, of another
+/// recipe, or further than this one goes.
+pub fn check_run_folder(recipe: &Recipe) -> Result<(Option<u64>, Vec<String>)> {
     let run = &recipe.output;
     check_path(run)?;
-    let checkpoints = checkpoint::list(run)?;
-    let Some(newest) = checkpoints.iter().rev().find_map(|(_, path)| Checkpoint::open(path).ok()) else {
-        return Ok(None);
-    };
+    let Newest { checkpoint, warnings } = checkpoint::open_newest(run, Checkpoint::open)?;
+    let Some(newest) = checkpoint else { return Ok((None, warnings)) };
     let saved = SavedState::of(&newest)?;
     state::check_steps(recipe, saved.step, run)?;
     state::check_same_recipe(&saved.recipe()?, recipe, run, false)?;
-    Ok(Some(saved.step))
+    Ok((Some(saved.step), warnings))
 }
 
 /// Whether a folder is there or can be made, as far as that can be seen.

@@ -27,6 +27,7 @@ use anneal_weights::{FileError, WeightsError};
 pub use lock::RunLock;
 pub use manifest::{Manifest, ManifestFile};
 pub use read::Checkpoint;
+pub(crate) use runs::open_newest;
 pub use runs::{Newest, list, open_newest_whole};
 pub use write::CheckpointWriter;
 

@@ -8,7 +8,7 @@ use anneal_weights::FileError;
 
 use super::{Checkpoint, CheckpointError, FOLDER, step_of};
 
-/// What [`open_newest_whole`] found.
+/// What [`open_newest`] found.
 #[derive(Debug, Default)]
 pub struct Newest {
     /// None if the run has no checkpoint yet.
@@ -36,9 +36,20 @@ pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>, CheckpointError> {
 /// # Errors
 /// If all are damaged (naming each), or the newest is of a newer Anneal.
 pub fn open_newest_whole(run: &Path) -> Result<Newest, CheckpointError> {
+    open_newest(run, open_whole)
+}
+
+/// Opens the newest checkpoint that `open` takes for undamaged.
+///
+/// # Errors
+/// As [`open_newest_whole`].
+pub(crate) fn open_newest(
+    run: &Path,
+    open: fn(&Path) -> Result<Checkpoint, CheckpointError>,
+) -> Result<Newest, CheckpointError> {
     let mut damaged = Vec::new();
     for (_, path) in list(run)?.into_iter().rev() {
-        match open_whole(&path) {
+        match open(&path) {
             Ok(checkpoint) => {
                 let used = checkpoint.path().display();
                 let warnings =

@@ -128,7 +128,10 @@ fn plan(recipe: &Recipe) -> Result<ExitCode> {
         Err(error) => (plan, Err(error)),
     };
     print!("{plan}");
-    let folder = check_run_folder(recipe);
+    let (folder, damaged) = match check_run_folder(recipe) {
+        Ok((step, warnings)) => (Ok(step), warnings),
+        Err(error) => (Err(error), Vec::new()),
+    };
     if let Ok(Some(step)) = &folder {
         match *step == recipe.train.steps as u64 {
             true => println!("the run folder holds this run, complete at step {step}"),
@@ -136,7 +139,7 @@ fn plan(recipe: &Recipe) -> Result<ExitCode> {
         }
     }
     let warnings = [check_device(recipe)?, plan.check_limit()?, check_memory(recipe, &plan)?];
-    for warning in warnings.into_iter().flatten().chain(result?) {
+    for warning in warnings.into_iter().flatten().chain(damaged).chain(result?) {
         eprintln!("warning: {warning}");
     }
     folder?;

@@ -52,6 +52,9 @@ fn a_bit_flip_is_seen_and_the_older_checkpoint_is_used() {
 fn a_truncated_file_is_seen_and_the_older_checkpoint_is_used() {
     let folder = finished();
     truncate(&folder, &format!("{NEWEST}/optimizer-00001.safetensors"));
+    let plan = folder.anneal(&["train", "tiny.yaml", "--plan", "output=run"]);
+    let newest = format!("warning: checkpoint {NEWEST} is damaged");
+    plan.succeeds(&[&newest, &format!("{OLDER} is used instead"), "training would go on after step 4"]);
     continues_from_the_older(&folder, &["optimizer-00001.safetensors has", "bytes, expected"]);
 }
 
@@ -85,6 +88,22 @@ fn if_all_checkpoints_are_damaged_nothing_is_started_over() {
     folder.anneal(&["inspect", "run"]).fails(&words);
     assert_eq!(folder.names("run/checkpoints"), ["step-00000004", "step-00000006"]);
     assert_eq!(folder.read("run/metrics.jsonl"), metrics);
+}
+
+/// An older one would be whole, and yet not what the run has come to.
+#[test]
+fn a_checkpoint_of_a_newer_format_stops_the_plan_as_it_stops_the_run() {
+    let folder = finished();
+    let manifest = format!("{NEWEST}/manifest.json");
+    let text = folder.text(&manifest).replace("\"format\": 1", "\"format\": 2");
+    let (body, _) = text.rsplit_once(",\n  \"sha256\"").unwrap();
+    let seal = anneal_weights::sha256(body.as_bytes());
+    folder.write(&manifest, format!("{body},\n  \"sha256\": \"{seal}\"\n}}\n").as_bytes());
+    let words =
+        [NEWEST, "was written by a newer Anneal", "format 2; this one reads up to 1): use that version"];
+    folder.anneal(&["train", "tiny.yaml", "--plan", "output=run"]).fails(&words);
+    folder.train("run", &[]).fails(&words);
+    folder.anneal(&["resume", "run"]).fails(&words);
 }
 
 #[test]
