@@ -52,9 +52,9 @@ pub struct Quickstart {
     /// Where to compute: cpu, cpu:THREADS, cuda (the first GPU) or cuda:INDEX
     #[arg(long, default_value = "cpu")]
     pub device: String,
-    /// Most memory of the device to use, such as 8GiB
+    /// Most memory of the device to use, such as 8GiB, or `none`
     #[arg(long, value_name = "SIZE")]
-    pub memory_limit: Option<ByteSize>,
+    pub memory_limit: Option<MemoryLimit>,
     /// Changes to the recipe, as dotted keys
     #[arg(value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,

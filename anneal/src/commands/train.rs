@@ -193,7 +193,9 @@ pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
         vec![format!("output={}", serde_json::to_string(&arguments.output)?), on_device(&arguments.device)];
     overrides.extend(arguments.overrides.iter().cloned());
     let mut recipe = Recipe::from_yaml(DIGITS, "recipes/digits.yaml", &overrides)?;
-    recipe.memory_limit = arguments.memory_limit.or(recipe.memory_limit);
+    if let Some(MemoryLimit(limit)) = arguments.memory_limit {
+        recipe.memory_limit = limit;
+    }
     let (report, code) = run_recipe(&recipe, false, false)?;
     let code = tell(&recipe, &report, code);
     if code != ExitCode::SUCCESS {

@@ -174,7 +174,7 @@ fn the_quick_start_draws_samples() {
         "sample.steps=4",
         "optim.warmup=1",
     ];
-    let start = ["quickstart", "--output", "runs/mine", "--device", "cpu:2"];
+    let start = ["quickstart", "--output", "runs/mine", "--device", "cpu:2", "--memory-limit", "none"];
     let started = folder.anneal(&[&start[..], &changes].concat());
     started.succeeds(&["Samples: runs/mine/samples.png", "anneal sample runs/mine --class 3"]);
     image::open(folder.path("runs/mine/samples.png")).unwrap();
