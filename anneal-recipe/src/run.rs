@@ -1,5 +1,6 @@
 //! The recipe itself and the sections `ema`, `train` and `sample`.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -152,10 +153,10 @@ pub struct Sample {
     /// Sampling steps.
     #[serde(default = "default_sample_steps")]
     pub steps: usize,
-    /// Noise that DDIM adds anew: 0 none, 1 as much as DDPM.
+    /// Noise that DDIM adds anew: 0 none, 1 as much as DDPM; 0 for other samplers.
     #[serde(default)]
     pub eta: f64,
-    /// Time shift of `flow_euler`; above 1 spends more steps at the noisy end.
+    /// Time shift of `flow_euler`; above 1 spends more steps at the noisy end; 1 for other samplers.
     #[serde(default = "unit")]
     pub shift: f64,
     /// Strength of classifier-free guidance; 1 is none.
@@ -204,6 +205,26 @@ pub enum Sampler {
     Heun,
     /// First order along the flow, with `shift`.
     FlowEuler,
+}
+
+impl Sampler {
+    /// Refuses a setting, named as the user knows it, that is for one sampler alone and not for this one.
+    ///
+    /// # Errors
+    /// The sentence that says so.
+    pub fn check_has(self, setting: &str, only: Sampler) -> Result<(), String> {
+        match self == only {
+            true => Ok(()),
+            false => Err(format!("{setting} does not apply to the sampler {self}: it is for {only} alone")),
+        }
+    }
+}
+
+/// The name in recipes.
+impl fmt::Display for Sampler {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(formatter)
+    }
 }
 
 /// Where and to what classifier-free guidance applies.

@@ -72,11 +72,17 @@ impl Recipe {
     }
 
     fn check_sample(&self, problems: &mut Problems) {
-        let Sample { num, classes, sampler, steps, guidance, guidance_mode, ema, .. } = &self.sample;
+        let Sample { num, classes, sampler, steps, eta, shift, guidance, guidance_mode, ema, .. } =
+            &self.sample;
         problems.at_least("sample.num", *num, 1);
         problems.at_least("sample.steps", *steps, 1);
-        problems.number("sample.eta", self.sample.eta, (0.0..=1.0).contains(&self.sample.eta), "from 0 to 1");
-        problems.positive("sample.shift", self.sample.shift);
+        problems.number("sample.eta", *eta, (0.0..=1.0).contains(eta), "from 0 to 1");
+        problems.positive("sample.shift", *shift);
+        // A resolved recipe holds the keys of all samplers: without effect is what is as when left out.
+        let of_one =
+            [("sample.eta", *eta == 0.0, Sampler::Ddim), ("sample.shift", *shift == 1.0, Sampler::FlowEuler)];
+        let given = of_one.into_iter().filter(|(_, is_default, _)| !is_default);
+        problems.0.extend(given.filter_map(|(key, _, only)| sampler.check_has(key, only).err()));
         problems.not_negative("sample.guidance", *guidance);
         let count = self.model.classes();
         for class in classes.iter().filter(|class| **class >= count) {

@@ -105,14 +105,8 @@ impl SamplingSettings {
     /// The words of a picture's record.
     pub fn caption(&self) -> String {
         let steps = summary::plural(self.steps as u64, "step");
-        format!("sampler {}, {steps}, guidance {}", sampler_name(self.sampler), self.guidance)
+        format!("sampler {}, {steps}, guidance {}", self.sampler, self.guidance)
     }
-}
-
-/// A sampler's name in recipes.
-pub fn sampler_name(sampler: Sampler) -> String {
-    let name = serde_json::to_value(sampler).ok().and_then(|name| Some(name.as_str()?.to_owned()));
-    name.expect("a sampler is written as its name")
 }
 
 /// A sampler by its name in recipes.

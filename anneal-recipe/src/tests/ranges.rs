@@ -8,7 +8,7 @@ const LINE_1: &str = "in recipes/x.yaml, line 1";
 
 /// Overrides on a valid recipe (several are parted by `; `), the line that they must give, and its place.
 #[rustfmt::skip]
-const CASES: [(&str, &str, &str); 67] = [
+const CASES: [(&str, &str, &str); 70] = [
     ("train.batch=0", "train.batch is 0; it must be at least 1", TYPED),
     ("train.steps=0", "train.steps is 0; it must be at least 1", TYPED),
     ("train.accumulate=3", "train.accumulate is 3, which does not divide train.batch 8", TYPED),
@@ -66,6 +66,9 @@ const CASES: [(&str, &str, &str); 67] = [
     ("sample.classes=[3,10]", "sample.classes holds 10; model.classes is 10, so write 0 to 9", TYPED),
     ("sample.eta=2", "sample.eta is 2; it must be from 0 to 1", TYPED),
     ("sample.shift=0", "sample.shift is 0; it must be above 0", TYPED),
+    ("sample.eta=0.5; sample.sampler=ddpm", "sample.eta does not apply to the sampler ddpm: it is for ddim alone", TYPED),
+    ("sample.eta=1; diffusion.kind=flow", "sample.eta does not apply to the sampler flow_euler: it is for ddim alone", TYPED),
+    ("sample.shift=3", "sample.shift does not apply to the sampler ddim: it is for flow_euler alone", TYPED),
     ("sample.guidance=-1", "sample.guidance is -1; it must be 0 or more", TYPED),
     ("sample.guidance=2; model.label_dropout=0", "sample.guidance is 2, which needs model.label_dropout above 0; use guidance 1 or dropout 0.1", TYPED),
     ("sample.guidance_mode={interval: {low: 0.5, high: 0.5}}", "sample.guidance_mode.interval is 0.5 to 0.5; it must rise within 0 to 1", TYPED),

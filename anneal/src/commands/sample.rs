@@ -12,7 +12,7 @@ use anneal_recipe::{ByteSize, GuidanceMode, Sampler};
 use anneal_tensor::Device;
 use anneal_train::report::progress::{Progress, Show};
 use anneal_train::report::summary;
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 
 use crate::cli::Sample;
 use crate::output::Target;
@@ -152,25 +152,17 @@ fn settings(arguments: &Sample, source: &Source) -> Result<SamplingSettings> {
     }
     settings.steps = arguments.steps.unwrap_or(settings.steps);
     settings.guidance = arguments.guidance.unwrap_or(settings.guidance);
-    settings.eta = of_sampler("--eta", arguments.eta, Sampler::Ddim, &settings)?.unwrap_or(settings.eta);
-    settings.shift =
-        of_sampler("--shift", arguments.shift, Sampler::FlowEuler, &settings)?.unwrap_or(settings.shift);
+    let of_one = [
+        ("--eta", arguments.eta, Sampler::Ddim, &mut settings.eta),
+        ("--shift", arguments.shift, Sampler::FlowEuler, &mut settings.shift),
+    ];
+    for (flag, value, only, setting) in of_one {
+        let Some(value) = value else { continue };
+        settings.sampler.check_has(flag, only).map_err(Error::msg)?;
+        *setting = value;
+    }
     settings.check()?;
     Ok(settings)
-}
-
-/// The value of a flag that is for one sampler alone.
-fn of_sampler(
-    flag: &str,
-    value: Option<f64>,
-    only: Sampler,
-    settings: &SamplingSettings,
-) -> Result<Option<f64>> {
-    if value.is_some() && settings.sampler != only {
-        let [chosen, only] = [settings.sampler, only].map(sampling::sampler_name);
-        bail!("{flag} does not apply to the sampler {chosen}: it is for {only} alone");
-    }
-    Ok(value)
 }
 
 type Latents = (Option<Vec<f32>>, Option<Vec<i64>>);
