@@ -48,7 +48,7 @@ struct Trace {
     samples: Vec<f32>,
 }
 
-/// Runs the recipe both ways in `scratch`, an empty folder.
+/// Runs the recipe both ways in `scratch`, a folder without a run.
 ///
 /// # Errors
 /// Those of training; `stop_at` outside the run; [`TrainError::Stopped`] soon after `stop` is set.

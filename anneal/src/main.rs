@@ -12,6 +12,7 @@ mod machine;
 mod output;
 mod sampling;
 mod scheduler;
+mod scratch;
 mod signals;
 mod source;
 

@@ -11,6 +11,11 @@ use anneal_train::report::picture::brightness;
 use anneal_weights::{FileError, MadeFolder};
 use anyhow::{Context, Result, anyhow, bail};
 
+use crate::scratch::{self, ScratchFolder};
+
+/// The names of folders for single pictures that have not all been written begin with this.
+const NEW_PREFIX: &str = ".new-";
+
 /// Where samples go, and in which form.
 pub struct Target<'a> {
     out: &'a Path,
@@ -82,8 +87,10 @@ pub fn in_folder<T>(folder: &Path, write: impl FnOnce() -> Result<T>) -> Result<
     write().inspect_err(|_| made.remove())
 }
 
-/// What lies in the folder for single pictures. Without `overwrite` that must be nothing.
+/// What lies in the folder for single pictures, killed calls' pictures apart, which go. Without `overwrite` that must be
+/// nothing.
 fn names_before(out: &Path, overwrite: bool) -> Result<Vec<String>> {
+    scratch::remove_left(out, NEW_PREFIX);
     let names = names(out)?;
     if !overwrite && !names.is_empty() {
         bail!(
@@ -133,10 +140,7 @@ fn write_grid(samples: &Samples, out: &Path, caption: &str) -> Result<()> {
 fn write_singles(samples: &Samples, out: &Path, caption: &str, overwrite: bool) -> Result<()> {
     let before = names_before(out, overwrite)?;
     // In the folder, so that they are on its disk. The name is hidden, and removed with all in it.
-    let new = tempfile::Builder::new()
-        .prefix(".new-")
-        .tempdir_in(out)
-        .map_err(FileError::on("write to the folder", out))?;
+    let new = ScratchFolder::make(out, NEW_PREFIX).map_err(FileError::on("write to the folder", out))?;
     let mut written = HashSet::new();
     for (index, picture) in grid::singles(&batch(samples))?.into_iter().enumerate() {
         let name = single_name(index, samples.labels[index]);
@@ -211,6 +215,22 @@ mod tests {
         let mut left = names(&out).unwrap();
         left.sort();
         assert_eq!(left, ["000000-class-7.png", "000001-class-8.png"]);
+    }
+
+    #[test]
+    fn what_a_killed_call_left_in_the_folder_is_not_in_the_way() {
+        let scratch = tempfile::tempdir().unwrap();
+        let out = scratch.path().join("many");
+        let left = out.join(".new-killed");
+        std::fs::create_dir_all(&left).unwrap();
+        std::fs::write(left.join("000000-class-0.png"), "killed").unwrap();
+        let refused = Target::new(&out, false).err().unwrap();
+        assert!(refused.to_string().contains("the folder is not empty"), "not known to be dead: {refused}");
+        std::fs::write(left.join(scratch::LOCK_NAME), "").unwrap();
+        Target::new(&out, false).unwrap().write(&samples(), "").unwrap();
+        let mut left = names(&out).unwrap();
+        left.sort();
+        assert_eq!(left, ["000000-class-0.png", "000001-class-1.png"]);
     }
 
     #[test]

@@ -15,6 +15,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cli::VerifyResume;
 use crate::sampling;
+use crate::scratch::ScratchFolder;
 use crate::signals::Signals;
 
 /// Samples compared; a few show a difference as well as many.
@@ -44,7 +45,7 @@ fn compare(
     options: VerifyOptions,
     stop: &AtomicBool,
 ) -> Result<ExitCode> {
-    let scratch = tempfile::Builder::new().prefix("anneal-verify-").tempdir();
+    let scratch = ScratchFolder::temporary("anneal-verify-");
     let scratch = scratch.context("no temporary folder for the checkpoint")?;
     let (model, _) = Dit::new(&settings::model_config(recipe)?)?;
     let model = Arc::new(model);

@@ -363,6 +363,21 @@ fn verify_resume_takes_its_folder_away_when_it_is_stopped() {
     assert!(folder.names("tmp").is_empty());
 }
 
+/// As a second signal does, which ends the process at once.
+#[test]
+fn what_a_killed_verify_resume_leaves_goes_with_the_next() {
+    let folder = Folder::new();
+    let script = "mkdir tmp; export TMPDIR=\"$PWD/tmp\"
+        \"$ANNEAL\" verify-resume tiny.yaml --steps 1000000 --stop-at 4 &
+        for _ in $(seq 6000); do ls tmp/*/.anneal-lock && break; sleep 0.01; done
+        kill -KILL $!
+        wait $!
+        ls tmp
+        \"$ANNEAL\" verify-resume tiny.yaml --steps 4";
+    folder.script(&["env"], script).succeeds(&["\nanneal-verify-", "bit-identical"]);
+    assert!(folder.names("tmp").is_empty());
+}
+
 #[test]
 fn verify_resume_wants_a_middle() {
     let folder = Folder::new();
