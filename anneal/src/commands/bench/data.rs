@@ -8,11 +8,11 @@ use anneal_recipe::{DataKind, Recipe};
 use anneal_train::report::summary::{Align, Table};
 use anneal_train::settings;
 use anneal_train::trainer::Trainer;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::json;
 
-use super::median;
 use super::model::normals;
+use super::{median, scratch};
 use crate::cli::BenchData;
 
 pub fn data(arguments: &BenchData) -> Result<()> {
@@ -25,7 +25,7 @@ pub fn data(arguments: &BenchData) -> Result<()> {
     let second = drain(&mut loader, epoch)?;
     drop(loader);
 
-    let folder = tempfile::tempdir().context("no temporary folder for random data")?;
+    let folder = scratch()?;
     let mut own = Trainer::new(&recipe)?;
     let mut ready = Trainer::new(&ready_recipe(&recipe, folder.path())?)?;
     let mut times = [Vec::new(), Vec::new()];

@@ -17,10 +17,11 @@ use anneal_device::Purpose;
 use anneal_device::cuda::ProfileRow;
 use anneal_tensor::Device;
 use anneal_train::report::summary::{self, Align, Table};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
 use crate::cli::{Bench, BenchWhat};
+use crate::scratch::ScratchFolder;
 use clock::Timed;
 
 pub fn bench(arguments: &Bench) -> Result<ExitCode> {
@@ -33,6 +34,11 @@ pub fn bench(arguments: &Bench) -> Result<ExitCode> {
         BenchWhat::Data(arguments) => data::data(arguments)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A folder for random data.
+fn scratch() -> Result<ScratchFolder> {
+    ScratchFolder::temporary("anneal-bench-").context("no temporary folder for random data")
 }
 
 fn median(values: &[f64]) -> f64 {

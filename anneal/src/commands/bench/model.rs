@@ -10,18 +10,23 @@ use anneal_nn::{Forward, ParamStore, ResidentStore, StoreOptions};
 use anneal_recipe::Recipe;
 use anneal_tensor::rng::{Purpose, Stream};
 use anneal_tensor::{Device, Tape, Tensor, ops};
+use anneal_train::report::summary;
 use anneal_train::settings;
 use anneal_train::trainer::Trainer;
-use anyhow::{Context, Result};
+use anyhow::{Result, bail};
 use clap::ValueEnum;
 use serde_json::{Map, json};
 
 use super::clock::{self, Repeated};
-use super::{LAST_LOSS, Measured, print_profile};
+use super::{LAST_LOSS, Measured, print_profile, scratch};
 use crate::cli::BenchModel;
+use crate::machine;
 
 /// Multiply-adds of a matrix product count as two operations.
 const OPERATIONS: f64 = 2.0;
+
+/// Random images for each of a batch, so that two steps in a row see others.
+const IMAGES_OF_BATCH: usize = 2;
 
 pub fn config(arguments: &BenchModel) -> Result<DitConfig> {
     let preset = DitConfig::preset(&arguments.model)?;
@@ -38,7 +43,24 @@ pub fn config(arguments: &BenchModel) -> Result<DitConfig> {
         ..preset
     };
     config.check()?;
+    let (batch, [height, width]) = (arguments.batch, config.image_size);
+    check_numbers(&format!("--batch {batch}"), &[IMAGES_OF_BATCH, batch, config.channels, height, width])?;
     Ok(config)
+}
+
+/// Refuses sizes whose random numbers, as many as the product of `counts`, are more than this machine's memory: they are
+/// made before anything asks a device, and with a panic where no list can be so long.
+pub fn check_numbers(flag: &str, counts: &[usize]) -> Result<()> {
+    let bytes = counts.iter().fold(size_of::<f32>(), |bytes, count| bytes.saturating_mul(*count)) as u64;
+    let there = machine::memory().unwrap_or(isize::MAX as u64);
+    if bytes > there {
+        bail!(
+            "{flag} needs {} for random numbers alone, and this machine has {}: choose less",
+            summary::bytes(bytes),
+            summary::bytes(there)
+        );
+    }
+    Ok(())
 }
 
 /// What is measured, in words: the model, the batch and the precision.
@@ -74,10 +96,10 @@ pub fn normals(seed: u64, count: usize) -> Vec<f32> {
     values
 }
 
-/// Random images and labels, twice the batch, as an npz.
+/// Random images and labels as an npz.
 fn write_images(path: &Path, arguments: &BenchModel, config: &DitConfig) -> Result<()> {
     let [height, width] = config.image_size;
-    let count = 2 * arguments.batch;
+    let count = IMAGES_OF_BATCH * arguments.batch;
     let images = normals(1, count * height * width * config.channels);
     let labels = (0..count as i64).map(|index| index % config.classes as i64).collect();
     let images = Array::new([count, height, width, config.channels], Values::F32(images));
@@ -121,7 +143,7 @@ pub fn recipe(arguments: &BenchModel, config: &DitConfig, data: &Path) -> Result
 
 pub fn step(arguments: &BenchModel) -> Result<()> {
     let config = config(arguments)?;
-    let folder = tempfile::tempdir().context("no temporary folder for random data")?;
+    let folder = scratch()?;
     let data = folder.path().join("random.npz");
     write_images(&data, arguments, &config)?;
     let mut trainer = Trainer::new(&recipe(arguments, &config, &data)?)?;

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::cases::{self, Case};
 use super::clock::time_op;
 use super::device_name;
-use super::model::{config, name, normals, recipe};
+use super::model::{check_numbers, config, name, normals, recipe};
 use crate::cli::{BenchModel, BenchOp};
 
 /// What was measured of one op. Bytes are the least that must move: inputs and outputs once, and in
@@ -28,6 +28,11 @@ pub fn ops(arguments: &BenchOp) -> Result<()> {
     let config = config(model)?;
     let recipe = recipe(model, &config, Path::new("none"))?;
     let (device, dtype) = (settings::device(&recipe)?, settings::compute_dtype(&recipe));
+    for shape in attention {
+        let [batch, heads, tokens, width] = *shape;
+        // Queries, keys and values.
+        check_numbers(&format!("--{}", attention_name(shape)), &[3, batch, heads, tokens, width])?;
+    }
     let cases = match attention.is_empty() {
         true => cases::of_step(&config, &settings::objective(&recipe)?, model.batch),
         false => attention.iter().map(|shape| Case::attention(&attention_name(shape), 1, *shape)).collect(),
