@@ -1,6 +1,6 @@
 //! Tile sizes, shared memory and grids of the attention kernels.
 //!
-//! What they were measured by: `benchmarks/2026-11-25-h200-attention-backward` and `-few-rows-and-forward`.
+//! What they were measured by: `benchmarks/2026-11-25-h200-attention-backward`, `-few-rows-and-forward` and `-clusters`.
 
 use anneal_device::cuda::{Launch, Properties};
 
