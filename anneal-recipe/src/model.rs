@@ -58,7 +58,7 @@ pub struct Dit {
     /// Recompute each block's activations in the backward pass: less memory, about a third more time.
     #[serde(default)]
     pub checkpoint_activations: bool,
-    /// On a GPU, make normalised rows again in the backward pass: a sixth less activations, 1 to 3 percent more time. The
+    /// On a GPU, make normalised rows again in the backward pass: a seventh less activations, 1 to 3 percent more time. The
     /// bits are the same. The CPU keeps them.
     #[serde(default = "default_recompute_norms")]
     pub recompute_norms: bool,

@@ -6,6 +6,11 @@ use crate::{
     Recipe, RecipeError, Sample, Sampler, TimeDensity, Train, suggest,
 };
 
+/// More is a slip: tables of all steps, samples and threads are made before the first of them is used.
+const MOST_DIFFUSION_STEPS: usize = 1_000_000;
+const MOST_SAMPLES: usize = 1_000_000;
+const MOST_WORKERS: usize = 1024;
+
 /// Collects problems, one line each.
 #[derive(Default)]
 struct Problems(Vec<String>);
@@ -19,6 +24,10 @@ impl Problems {
 
     fn at_least(&mut self, key: &str, value: usize, least: usize) {
         self.require(value >= least, || format!("{key} is {value}; it must be at least {least}"));
+    }
+
+    fn at_most(&mut self, key: &str, value: usize, most: usize) {
+        self.require(value <= most, || format!("{key} is {value}; it must be at most {most}"));
     }
 
     /// `range` in words stands in the message.
@@ -71,18 +80,24 @@ impl Recipe {
         if problems.0.is_empty() { Ok(()) } else { Err(RecipeError::Invalid { problems: problems.0 }) }
     }
 
+    /// Settings without effect, a sentence each. They are no errors: recipes within checkpoints may hold them.
+    pub fn without_effect(&self) -> Vec<String> {
+        let Sample { sampler, eta, shift, .. } = &self.sample;
+        // A resolved recipe holds the keys of all samplers: given is what is not as when left out.
+        let of_one =
+            [("sample.eta", *eta == 0.0, Sampler::Ddim), ("sample.shift", *shift == 1.0, Sampler::FlowEuler)];
+        let given = of_one.into_iter().filter(|(_, is_default, _)| !is_default);
+        given.filter_map(|(key, _, only)| sampler.check_has(key, only).err()).collect()
+    }
+
     fn check_sample(&self, problems: &mut Problems) {
         let Sample { num, classes, sampler, steps, eta, shift, guidance, guidance_mode, ema, .. } =
             &self.sample;
         problems.at_least("sample.num", *num, 1);
+        problems.at_most("sample.num", *num, MOST_SAMPLES);
         problems.at_least("sample.steps", *steps, 1);
         problems.number("sample.eta", *eta, (0.0..=1.0).contains(eta), "from 0 to 1");
         problems.positive("sample.shift", *shift);
-        // A resolved recipe holds the keys of all samplers: without effect is what is as when left out.
-        let of_one =
-            [("sample.eta", *eta == 0.0, Sampler::Ddim), ("sample.shift", *shift == 1.0, Sampler::FlowEuler)];
-        let given = of_one.into_iter().filter(|(_, is_default, _)| !is_default);
-        problems.0.extend(given.filter_map(|(key, _, only)| sampler.check_has(key, only).err()));
         problems.not_negative("sample.guidance", *guidance);
         let count = self.model.classes();
         for class in classes.iter().filter(|class| **class >= count) {
@@ -184,6 +199,7 @@ fn check_preset(preset: &str, dit: &Dit, sizes: &[(&str, Option<usize>)], proble
 
 fn check_gaussian(gaussian: &Gaussian, problems: &mut Problems) {
     problems.at_least("diffusion.steps", gaussian.steps, 2);
+    problems.at_most("diffusion.steps", gaussian.steps, MOST_DIFFUSION_STEPS);
     if let Some(gamma) = gaussian.min_snr_gamma {
         problems.positive("diffusion.min_snr_gamma", gamma);
     }
@@ -259,6 +275,7 @@ fn check_data(data: &Data, model: &Model, problems: &mut Problems) {
         });
     }
     problems.at_least("data.prefetch", data.prefetch, 1);
+    problems.at_most("data.workers", data.workers, MOST_WORKERS);
 }
 
 fn check_optim(optim: &Optim, steps: usize, problems: &mut Problems) {

@@ -309,12 +309,22 @@ impl<'a> Run<'a> {
         });
     }
 
+    /// Before lines may be dropped, which can be long after the start: on a disk without locks a newer start may have
+    /// written them.
+    fn check_metrics_are_ours(&self) -> Result<()> {
+        if self.metrics.is_untouched() {
+            self.lock.check()?;
+        }
+        Ok(())
+    }
+
     fn log(&mut self, outcome: &StepOutcome) -> Result<()> {
         let (seconds, images) = std::mem::take(&mut self.interval);
         let images_per_second = images as f64 / seconds.max(1e-9);
         let memory_bytes = self.trainer.device().memory().peak_total as u64;
         let scales_loss = self.trainer.optimizer().options().scale_loss;
         let extra = scales_loss.then(|| ("loss_scale".to_owned(), outcome.loss_scale)).into_iter().collect();
+        self.check_metrics_are_ours()?;
         self.metrics.write(&StepMetrics {
             step: outcome.step,
             time: unix_seconds(),
@@ -364,6 +374,7 @@ impl<'a> Run<'a> {
         if step == self.trainer.recipe().train.steps as u64 {
             self.check_end()?;
         }
+        self.check_metrics_are_ours()?;
         self.metrics.sync()?;
         let result = state::save(&self.trainer, &self.lock);
         match result {

@@ -8,7 +8,7 @@ use anneal_recipe::{
     ByteSize, Convention, DataKind, Diffusion, Dit, DitArchitecture, ImageSize, LearningRateSchedule, Model,
     NoiseSchedule, Precision, Recipe, Target,
 };
-use anneal_tensor::{DType, Device};
+use anneal_tensor::{DType, Device, Remaking};
 
 use crate::error::{Result, TrainError};
 
@@ -130,6 +130,11 @@ pub fn device(recipe: &Recipe) -> Result<Device> {
         Device::Cpu(_) => {}
     }
     Ok(device)
+}
+
+/// What a recording of training keeps, by `model.recompute_norms`.
+pub fn remaking(recompute_norms: bool) -> Remaking {
+    if recompute_norms { Remaking::OnGpu } else { Remaking::Never }
 }
 
 /// Whether the recipe's device is a GPU.

@@ -17,7 +17,7 @@ use anneal_models::{Conditioning, Denoiser};
 use anneal_nn::{Forward, ParamStore, ResidentStore, StoreOptions};
 use anneal_optim::{AdamW, LearningRate};
 use anneal_recipe::{Model, Recipe};
-use anneal_tensor::{Device, Remaking, Tape, Tensor, ops};
+use anneal_tensor::{Device, Tape, Tensor, ops};
 
 use crate::data::{self, DataSummary, open_loader};
 use crate::error::{Result, TrainError};
@@ -220,8 +220,7 @@ impl Trainer {
 
         let (noise, noised) = self.objective.draw_noised(&clean, &timesteps, seed, step, &samples)?;
         let model_timesteps: Vec<f32> = timesteps.iter().map(|timestep| *timestep as f32).collect();
-        let remaking = if dit.recompute_norms { Remaking::OnGpu } else { Remaking::Never };
-        let tape = Tape::new().with_remaking(remaking);
+        let tape = Tape::new().with_remaking(settings::remaking(dit.recompute_norms));
         let forward =
             Forward::new(self.store.clone()).recording(&tape).checkpoint_blocks(dit.checkpoint_activations);
         let conditioning = Conditioning { labels: &labels };

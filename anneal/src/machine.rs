@@ -1,6 +1,8 @@
 //! What this machine has.
 
 use anneal_device::cuda;
+use anneal_train::report::summary;
+use anyhow::{Result, bail};
 
 /// Bytes of the processor's memory, or what a container leaves of it. None if the system does not say.
 pub fn memory() -> Option<u64> {
@@ -17,6 +19,23 @@ pub fn memory_of(device: &str) -> Option<u64> {
         _ => return memory(),
     };
     Some(cuda::properties(ordinal).ok()?.total_memory as u64)
+}
+
+/// Refuses f32 tensors that are more than this machine's memory: they are made before anything asks a device, and with a
+/// panic where no list can be so long.
+pub fn check_numbers<'a>(what: &str, tensors: impl IntoIterator<Item = &'a [usize]>) -> Result<()> {
+    let bytes_of =
+        |sizes: &[usize]| sizes.iter().fold(size_of::<f32>(), |bytes, size| bytes.saturating_mul(*size));
+    let bytes = tensors.into_iter().fold(0, |sum: usize, sizes| sum.saturating_add(bytes_of(sizes))) as u64;
+    let there = memory().unwrap_or(isize::MAX as u64);
+    if bytes > there {
+        bail!(
+            "{what} needs {} for these numbers alone, and this machine has {}: choose less",
+            summary::bytes(bytes),
+            summary::bytes(there)
+        );
+    }
+    Ok(())
 }
 
 /// Bytes by a name in `/proc/meminfo`.

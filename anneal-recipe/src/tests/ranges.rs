@@ -60,15 +60,15 @@ const CASES: [(&str, &str, &str); 70] = [
     ("optim.warmup=11", "optim.warmup is 11; it must not exceed train.steps, which is 10: add optim.warmup=1", TYPED),
     ("ema.rates=[1]", "ema.rates is 1; it must be between 0 and 1", TYPED),
     ("ema.rates=[0.9,0.9]", "ema.rates holds 0.9 twice", TYPED),
+    ("sample.num=1000001", "sample.num is 1000001; it must be at most 1000000", TYPED),
+    ("diffusion.steps=1000001", "diffusion.steps is 1000001; it must be at most 1000000", TYPED),
+    ("data.workers=1025", "data.workers is 1025; it must be at most 1024", TYPED),
     ("sample.num=0", "sample.num is 0; it must be at least 1", TYPED),
     ("sample.steps=0", "sample.steps is 0; it must be at least 1", TYPED),
     ("sample.steps=1001", "sample.steps is 1001; it must be at most diffusion.steps, which is 1000", TYPED),
     ("sample.classes=[3,10]", "sample.classes holds 10; model.classes is 10, so write 0 to 9", TYPED),
     ("sample.eta=2", "sample.eta is 2; it must be from 0 to 1", TYPED),
     ("sample.shift=0", "sample.shift is 0; it must be above 0", TYPED),
-    ("sample.eta=0.5; sample.sampler=ddpm", "sample.eta does not apply to the sampler ddpm: it is for ddim alone", TYPED),
-    ("sample.eta=1; diffusion.kind=flow", "sample.eta does not apply to the sampler flow_euler: it is for ddim alone", TYPED),
-    ("sample.shift=3", "sample.shift does not apply to the sampler ddim: it is for flow_euler alone", TYPED),
     ("sample.guidance=-1", "sample.guidance is -1; it must be 0 or more", TYPED),
     ("sample.guidance=2; model.label_dropout=0", "sample.guidance is 2, which needs model.label_dropout above 0; use guidance 1 or dropout 0.1", TYPED),
     ("sample.guidance_mode={interval: {low: 0.5, high: 0.5}}", "sample.guidance_mode.interval is 0.5 to 0.5; it must rise within 0 to 1", TYPED),
@@ -88,6 +88,19 @@ fn every_range_has_its_line() {
         let expected = format!("{problem} ({place})");
         assert!(message.lines().any(|line| line == expected), "{overrides} gave\n{message}\nnot\n{expected}");
     }
+}
+
+#[test]
+fn settings_of_other_samplers_are_told_but_no_errors() {
+    let told = |overrides: &[&str]| load(DIGITS, overrides).unwrap().without_effect();
+    let none: [String; 0] = [];
+    assert_eq!(told(&["sample.eta=0", "sample.sampler=ddpm"]), none);
+    assert_eq!(told(&["sample.eta=0.5"]), none);
+    let expected = "sample.eta does not apply to the sampler ddpm: it is for ddim alone";
+    assert_eq!(told(&["sample.eta=0.5", "sample.sampler=ddpm"]), [expected]);
+    let expected = "sample.shift does not apply to the sampler ddim: it is for flow_euler alone";
+    assert_eq!(told(&["sample.shift=3"]), [expected]);
+    assert_eq!(told(&["sample.shift=3", "diffusion.kind=flow"]), none);
 }
 
 #[test]

@@ -58,9 +58,17 @@ impl MetricsLog {
     /// is.
     ///
     /// # Errors
-    /// If the file cannot be opened; the message names it.
+    /// If the file cannot be opened or read; the message names it.
     pub fn open(path: &Path, resumed_step: u64) -> Result<Self, ReportError> {
-        Ok(Self { file: Appender::open(path)?, undropped: Some(resumed_step), last_step: None })
+        let file = Appender::open(path)?;
+        // What cannot be read later should be known now.
+        File::open(path).map_err(FileError::on("read", path))?;
+        Ok(Self { file, undropped: Some(resumed_step), last_step: None })
+    }
+
+    /// Whether the next [`Self::write`] or [`Self::sync`] is the first, which may drop lines.
+    pub fn is_untouched(&self) -> bool {
+        self.undropped.is_some()
     }
 
     /// Drops the lines after the step that the run goes on after, once.

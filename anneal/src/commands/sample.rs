@@ -15,6 +15,7 @@ use anneal_train::report::summary;
 use anyhow::{Context, Error, Result, anyhow, bail};
 
 use crate::cli::Sample;
+use crate::machine;
 use crate::output::Target;
 use crate::sampling::{self, SamplingSettings};
 use crate::scheduler;
@@ -111,6 +112,12 @@ fn drawing(arguments: &Sample, source: &Source) -> Result<Drawing> {
     let count = arguments.num.or(given).unwrap_or(DEFAULT_COUNT);
     if count == 0 {
         bail!("--num must be at least 1");
+    }
+    let [channels, height, width] = source.model.image_shape();
+    let what = format!("--num {count} of images of {channels}x{height}x{width}");
+    machine::check_numbers(&what, [&[count, channels, height, width][..]])?;
+    if arguments.seed.checked_add(count as u64).is_none() {
+        bail!("--seed {} leaves no seeds for {count} images: choose less", arguments.seed);
     }
     let labels = match (given_labels, &arguments.class) {
         (Some(labels), None) => labels,

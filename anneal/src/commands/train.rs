@@ -139,7 +139,8 @@ fn plan(recipe: &Recipe) -> Result<ExitCode> {
         }
     }
     let warnings = [check_device(recipe)?, plan.check_limit()?, check_memory(recipe, &plan)?];
-    for warning in warnings.into_iter().flatten().chain(damaged).chain(result?) {
+    let warnings = warnings.into_iter().flatten().chain(recipe.without_effect());
+    for warning in warnings.chain(damaged).chain(result?) {
         eprintln!("warning: {warning}");
     }
     folder?;
@@ -220,7 +221,7 @@ pub fn quickstart(arguments: &Quickstart) -> Result<ExitCode> {
 }
 
 fn run_recipe(recipe: &Recipe, quiet: bool, own_recipe: bool) -> Result<(RunReport, ExitCode)> {
-    if let Some(warning) = check_memory(recipe, &Plan::new(recipe)?)? {
+    for warning in check_memory(recipe, &Plan::new(recipe)?)?.into_iter().chain(recipe.without_effect()) {
         eprintln!("warning: {warning}");
     }
     let signals = Signals::catch()?;

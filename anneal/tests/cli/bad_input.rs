@@ -190,6 +190,11 @@ fn impossible_samples_are_refused_before_any_work() {
     sample(&["--class", "1,x"]).fails(&["'x' is no class"]);
     sample(&["--out", "x.gif"]).fails(&["--out x.gif", ".png, .npz", "not .gif"]);
     sample(&["--num", "0"]).fails(&["--num must be at least 1"]);
+    for num in ["99999999999999", "18446744073709551615"] {
+        sample(&["--num", num]).fails(&[&format!("--num {num} of images of 1x8x8 needs "), "choose less"]);
+    }
+    let seed = "18446744073709551615";
+    sample(&["--seed", seed]).fails(&[&format!("--seed {seed} leaves no seeds for ")]);
     sample(&["--steps", "0"]).fails(&["0 steps", "1 to 1000"]);
     sample(&["--ema", "0.5"]).fails(&["this run keeps the averages [0.9]"]);
     sample(&["--guidance-mode", "intervall:0:1"]).fails(&["unknown guidance mode", "interval:LOW:HIGH"]);

@@ -132,6 +132,12 @@ fn a_plan_says_what_would_stop_training() {
     plan(&["--device", "cpu:999999"]).fails(&["cpu:999999 asks for too many threads"]);
     let absent = plan(&["--device", "cuda:99"]).succeeds(&["predicted memory"]);
     assert!(absent.err.starts_with("warning: cuda:99 cannot be used on this machine: "), "{absent:#?}");
+    let activations = |plan: &Outcome| {
+        let line = plan.out.lines().find(|line| line.starts_with("activations")).unwrap();
+        line.split_whitespace().nth_back(1).unwrap().parse::<f64>().unwrap()
+    };
+    let kept = plan(&["--device", "cuda:99", "model.recompute_norms=false"]).succeeds(&["predicted memory"]);
+    assert!(activations(&kept) > 1.05 * activations(&absent), "{kept:#?}");
     let known =
         "the memory limit of 100KiB lies below the 198.5 KiB of weights, gradients, optimizer and averages";
     plan(&["--memory-limit", "100KiB"]).fails(&["predicted memory", known]);

@@ -186,12 +186,18 @@ fn a_benchmark_names_the_flag_that_is_wrong() {
     for what in ["op", "block", "step", "forward", "sample"] {
         for batch in ["99999999999", "18446744073709551615"] {
             let absurd = folder.anneal(&["bench", what, "--batch", batch]);
-            let absurd = absurd.fails(&[&format!("--batch {batch} needs "), "choose less"]);
+            let absurd =
+                absurd.fails(&[&format!("--batch {batch} of images of 4x32x32 needs "), "choose less"]);
             assert_eq!(absurd.err.lines().count(), 1, "{absurd:#?}");
         }
     }
     let shape = "99999999999,99999999999,256,72";
-    folder.anneal(&["bench", "op", "--attention", shape]).fails(&[&format!("--attention {shape} needs ")]);
+    let absurd = folder.anneal(&["bench", "op", "--attention", shape]);
+    absurd.fails(&[&format!("attention {shape}: it needs "), "1 op could not be measured"]);
+    for what in ["op", "forward", "sample"] {
+        let kept = folder.anneal(&["bench", what, "--keep-norms"]);
+        kept.fails(&["--keep-norms is for training: it applies to `bench step` and `bench block`"]);
+    }
     let small = ["--hidden", "16", "--depth", "1", "--heads", "2", "--steps", "1"];
     for what in ["op", "step", "forward"] {
         let tf32 = folder.anneal(&[&["bench", what, "--precision", "tf32"], &small[..]].concat());

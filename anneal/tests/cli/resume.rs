@@ -303,6 +303,16 @@ fn more_steps_that_raise_a_fallen_learning_rate_are_warned_of() {
 }
 
 #[test]
+fn what_changes_no_bit_may_change_within_a_run() {
+    let folder = Folder::new();
+    folder.train("run", &[]).succeeds(&[]);
+    let changed = ["model.recompute_norms=false", "model.checkpoint_activations=true"];
+    let longer = folder.anneal(&[&["resume", "run", "--steps", "8"], &changed[..]].concat());
+    let longer = longer.succeeds(&["continuing run after step 6 of 8"]);
+    assert!(!longer.err.contains("recompute_norms") && !longer.err.contains("warning"), "{longer:#?}");
+}
+
+#[test]
 fn workers_threads_and_chunks_do_not_change_a_bit() {
     let folder = Folder::new();
     let steps = ["train.steps=30", "data.flip=true"];

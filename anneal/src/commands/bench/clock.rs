@@ -50,7 +50,7 @@ pub fn time(
     }
     let (milliseconds, launches, waits) = match device {
         Device::Cpu(_) => {
-            let mut milliseconds = Vec::with_capacity(count);
+            let mut milliseconds = Vec::new();
             for index in 0..count {
                 let start = Instant::now();
                 once(warmup == 0 && index == 0)?;
@@ -84,7 +84,7 @@ pub fn time_op(device: &Device, warmup: usize, count: usize, run: impl Fn() -> R
         run()?;
     }
     let ((), graph) = cuda.capture(|| (0..GROUP).try_for_each(|_| run()))?;
-    let mut marks = Vec::with_capacity(count + 1);
+    let mut marks = Vec::new();
     for _ in 0..=count {
         marks.push(cuda.mark()?);
         cuda.repeat(&graph)?;

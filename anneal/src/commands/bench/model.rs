@@ -10,7 +10,6 @@ use anneal_nn::{Forward, ParamStore, ResidentStore, StoreOptions};
 use anneal_recipe::Recipe;
 use anneal_tensor::rng::{Purpose, Stream};
 use anneal_tensor::{Device, Tape, Tensor, ops};
-use anneal_train::report::summary;
 use anneal_train::settings;
 use anneal_train::trainer::Trainer;
 use anyhow::{Result, bail};
@@ -44,23 +43,9 @@ pub fn config(arguments: &BenchModel) -> Result<DitConfig> {
     };
     config.check()?;
     let (batch, [height, width]) = (arguments.batch, config.image_size);
-    check_numbers(&format!("--batch {batch}"), &[IMAGES_OF_BATCH, batch, config.channels, height, width])?;
+    let what = format!("--batch {batch} of images of {}x{height}x{width}", config.channels);
+    machine::check_numbers(&what, [&[IMAGES_OF_BATCH, batch, config.channels, height, width][..]])?;
     Ok(config)
-}
-
-/// Refuses sizes whose random numbers, as many as the product of `counts`, are more than this machine's memory: they are
-/// made before anything asks a device, and with a panic where no list can be so long.
-pub fn check_numbers(flag: &str, counts: &[usize]) -> Result<()> {
-    let bytes = counts.iter().fold(size_of::<f32>(), |bytes, count| bytes.saturating_mul(*count)) as u64;
-    let there = machine::memory().unwrap_or(isize::MAX as u64);
-    if bytes > there {
-        bail!(
-            "{flag} needs {} for random numbers alone, and this machine has {}: choose less",
-            summary::bytes(bytes),
-            summary::bytes(there)
-        );
-    }
-    Ok(())
 }
 
 /// What is measured, in words: the model, the batch and the precision.
@@ -230,14 +215,28 @@ impl Evaluated {
     }
 }
 
+/// Refuses flags of training where none is done.
+pub fn refuse_training_flags(arguments: &BenchModel) -> Result<()> {
+    let flags = [
+        (arguments.keep_norms, "--keep-norms"),
+        (arguments.checkpoint_activations, "--checkpoint-activations"),
+    ];
+    match flags.into_iter().find(|(given, _)| *given) {
+        Some((_, flag)) => bail!("{flag} is for training: it applies to `bench step` and `bench block`"),
+        None => Ok(()),
+    }
+}
+
 pub fn block(arguments: &BenchModel) -> Result<()> {
     let config = DitConfig { depth: 1, ..config(arguments)? };
     let evaluated = Evaluated::new(arguments, &config, true)?;
     let what =
         format!("forward and backward of one block with embedders and output, {}", name(&config, arguments));
     evaluated.measure(arguments, what, 3.0, || {
-        let tape = Tape::new();
-        let forward = Forward::new(evaluated.store.clone()).recording(&tape);
+        let tape = Tape::new().with_remaking(settings::remaking(!arguments.keep_norms));
+        let forward = Forward::new(evaluated.store.clone())
+            .recording(&tape)
+            .checkpoint_blocks(arguments.checkpoint_activations);
         let output = evaluated.run(&forward)?;
         tape.backward(&ops::mean(&ops::square(&output)?, &[0, 1, 2, 3], false)?)?;
         evaluated.store.clear_gradients();
@@ -246,6 +245,7 @@ pub fn block(arguments: &BenchModel) -> Result<()> {
 }
 
 pub fn forward(arguments: &BenchModel) -> Result<()> {
+    refuse_training_flags(arguments)?;
     let config = config(arguments)?;
     let evaluated = Evaluated::new(arguments, &config, false)?;
     let forward = Forward::new(evaluated.store.clone());

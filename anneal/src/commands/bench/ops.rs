@@ -11,8 +11,9 @@ use serde_json::{Value, json};
 use super::cases::{self, Case};
 use super::clock::time_op;
 use super::device_name;
-use super::model::{check_numbers, config, name, normals, recipe};
+use super::model::{config, name, normals, recipe, refuse_training_flags};
 use crate::cli::{BenchModel, BenchOp};
+use crate::machine;
 
 /// What was measured of one op. Bytes are the least that must move: inputs and outputs once, and in
 /// backward the gradients of both.
@@ -25,14 +26,10 @@ struct Figures {
 
 pub fn ops(arguments: &BenchOp) -> Result<()> {
     let BenchOp { model, attention } = arguments;
+    refuse_training_flags(model)?;
     let config = config(model)?;
     let recipe = recipe(model, &config, Path::new("none"))?;
     let (device, dtype) = (settings::device(&recipe)?, settings::compute_dtype(&recipe));
-    for shape in attention {
-        let [batch, heads, tokens, width] = *shape;
-        // Queries, keys and values.
-        check_numbers(&format!("--{}", attention_name(shape)), &[3, batch, heads, tokens, width])?;
-    }
     let cases = match attention.is_empty() {
         true => cases::of_step(&config, &settings::objective(&recipe)?, model.batch),
         false => attention.iter().map(|shape| Case::attention(&attention_name(shape), 1, *shape)).collect(),
@@ -83,6 +80,7 @@ fn attention_name([batch, heads, tokens, width]: &[usize; 4]) -> String {
 
 fn measure(case: &Case, arguments: &BenchModel, device: &Device, dtype: DType) -> Result<Figures> {
     let dtype = if case.single { DType::F32 } else { dtype };
+    machine::check_numbers("it", case.inputs.iter().map(|sizes| &sizes[..]))?;
     let inputs = case
         .inputs
         .iter()

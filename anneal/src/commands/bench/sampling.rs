@@ -12,7 +12,7 @@ use serde_json::Map;
 
 use super::Measured;
 use super::clock;
-use super::model::{Evaluated, config, forward_operations, name, recipe};
+use super::model::{Evaluated, config, forward_operations, name, recipe, refuse_training_flags};
 use crate::cli::BenchSample;
 use crate::sampling::{SamplingSettings, sampler_named};
 
@@ -25,6 +25,7 @@ pub fn sample(arguments: &BenchSample) -> Result<()> {
         !model.profile,
         "sampling replays captured model calls: profile one with `bench forward --profile`"
     );
+    refuse_training_flags(model)?;
     let config = config(model)?;
     let evaluated = Evaluated::new(model, &config, false)?;
     let objective = settings::objective(&recipe(model, &config, Path::new("none"))?)?;
