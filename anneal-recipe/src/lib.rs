@@ -35,6 +35,7 @@ pub use model::{Convention, DIT_PRESETS, Dit, DitArchitecture, Model};
 pub use optim::{Decay, LearningRateSchedule, Optim, OptimKind};
 pub use run::{Checkpoint, Ema, GuidanceMode, Precision, Recipe, Sample, Sampler, Train};
 pub use units::{ByteSize, ImageSize};
+pub use validate::sampling_problems;
 
 /// An enum of sections that `kind` tells apart: in YAML the key `kind` stands beside the variant's own keys.
 ///

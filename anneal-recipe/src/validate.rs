@@ -96,9 +96,8 @@ impl Recipe {
         problems.at_least("sample.num", *num, 1);
         problems.at_most("sample.num", *num, MOST_SAMPLES);
         problems.at_least("sample.steps", *steps, 1);
-        problems.number("sample.eta", *eta, (0.0..=1.0).contains(eta), "from 0 to 1");
-        problems.positive("sample.shift", *shift);
-        problems.not_negative("sample.guidance", *guidance);
+        let named = |key: &str| format!("sample.{key}");
+        problems.0.extend(sampling_problems(*eta, *shift, *guidance, *guidance_mode, named));
         let count = self.model.classes();
         for class in classes.iter().filter(|class| **class >= count) {
             problems.0.push(format!(
@@ -123,22 +122,38 @@ impl Recipe {
         problems.require(*guidance == 1.0 || dit.label_dropout > 0.0, || {
             format!("sample.guidance is {guidance}, which needs model.label_dropout above 0; use guidance 1 or dropout 0.1")
         });
-        match *guidance_mode {
-            GuidanceMode::Interval { low, high } => problems
-                .require((0.0..high).contains(&low) && high <= 1.0, || {
-                    format!("sample.guidance_mode.interval is {low} to {high}; it must rise within 0 to 1")
-                }),
-            GuidanceMode::PowerCosine { power } => {
-                problems.positive("sample.guidance_mode.power_cosine.power", power)
-            }
-            GuidanceMode::All | GuidanceMode::FirstThree => {}
-        }
         if let Some(rate) = ema {
             problems.require(self.ema.rates.contains(rate), || {
                 format!("sample.ema is {rate}; it must be one of ema.rates, which are {:?}", self.ema.rates)
             });
         }
     }
+}
+
+/// What is out of range of how samples are drawn, wherever it was said: `named` makes of a key such as `guidance_mode.interval` the
+/// name by which its user knows it.
+pub fn sampling_problems(
+    eta: f64,
+    shift: f64,
+    guidance: f64,
+    mode: GuidanceMode,
+    named: impl Fn(&str) -> String,
+) -> Vec<String> {
+    let mut problems = Problems::default();
+    problems.number(&named("eta"), eta, (0.0..=1.0).contains(&eta), "from 0 to 1");
+    problems.positive(&named("shift"), shift);
+    problems.not_negative(&named("guidance"), guidance);
+    match mode {
+        GuidanceMode::Interval { low, high } => problems
+            .require((0.0..high).contains(&low) && high <= 1.0, || {
+                format!("{} is {low} to {high}; it must rise within 0 to 1", named("guidance_mode.interval"))
+            }),
+        GuidanceMode::PowerCosine { power } => {
+            problems.positive(&named("guidance_mode.power_cosine.power"), power)
+        }
+        GuidanceMode::All | GuidanceMode::FirstThree => {}
+    }
+    problems.0
 }
 
 fn check_dit(dit: &Dit, problems: &mut Problems) {

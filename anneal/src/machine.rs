@@ -23,14 +23,14 @@ pub fn memory_of(device: &str) -> Option<u64> {
 
 /// Refuses f32 tensors that are more than this machine's memory: they are made before anything asks a device, and with a
 /// panic where no list can be so long.
-pub fn check_numbers<'a>(what: &str, tensors: impl IntoIterator<Item = &'a [usize]>) -> Result<()> {
+pub fn check_fits<'a>(what: &str, tensors: impl IntoIterator<Item = &'a [usize]>) -> Result<()> {
     let bytes_of =
         |sizes: &[usize]| sizes.iter().fold(size_of::<f32>(), |bytes, size| bytes.saturating_mul(*size));
     let bytes = tensors.into_iter().fold(0, |sum: usize, sizes| sum.saturating_add(bytes_of(sizes))) as u64;
     let there = memory().unwrap_or(isize::MAX as u64);
     if bytes > there {
         bail!(
-            "{what} needs {} for these numbers alone, and this machine has {}: choose less",
+            "{what} needs {}, and this machine has {}: choose less",
             summary::bytes(bytes),
             summary::bytes(there)
         );

@@ -199,6 +199,12 @@ mod tests {
         Samples { values: vec![0.5; 2 * 16], labels: vec![0, 1], shape: [1, 4, 4], warnings: Vec::new() }
     }
 
+    fn sorted_names(folder: &Path) -> Vec<String> {
+        let mut names = names(folder).unwrap();
+        names.sort();
+        names
+    }
+
     #[test]
     fn pictures_that_came_while_samples_were_drawn_stay() {
         let scratch = tempfile::tempdir().unwrap();
@@ -212,9 +218,7 @@ mod tests {
             refused.to_string().ends_with("or add --overwrite to replace the samples in it"),
             "{refused}"
         );
-        let mut left = names(&out).unwrap();
-        left.sort();
-        assert_eq!(left, ["000000-class-7.png", "000001-class-8.png"]);
+        assert_eq!(sorted_names(&out), ["000000-class-7.png", "000001-class-8.png"]);
     }
 
     #[test]
@@ -228,9 +232,7 @@ mod tests {
         assert!(refused.to_string().contains("the folder is not empty"), "not known to be dead: {refused}");
         std::fs::write(left.join(scratch::LOCK_NAME), "").unwrap();
         Target::new(&out, false).unwrap().write(&samples(), "").unwrap();
-        let mut left = names(&out).unwrap();
-        left.sort();
-        assert_eq!(left, ["000000-class-0.png", "000001-class-1.png"]);
+        assert_eq!(sorted_names(&out), ["000000-class-0.png", "000001-class-1.png"]);
     }
 
     #[test]
@@ -245,8 +247,6 @@ mod tests {
         assert_eq!(std::fs::read(out.join(old)).unwrap(), b"old");
         std::fs::remove_dir(out.join(in_the_way)).unwrap();
         target.write(&samples(), "").unwrap();
-        let mut left = names(&out).unwrap();
-        left.sort();
-        assert_eq!(left, ["000000-class-0.png", in_the_way]);
+        assert_eq!(sorted_names(&out), ["000000-class-0.png", in_the_way]);
     }
 }

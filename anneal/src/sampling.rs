@@ -9,11 +9,11 @@ use anneal_diffusion::{
 use anneal_infer::{InferError, Pipeline, Request, Samples};
 use anneal_models::Denoiser;
 use anneal_nn::ParamStore;
-use anneal_recipe::{GuidanceMode, Recipe, Sample, Sampler};
+use anneal_recipe::{GuidanceMode, Recipe, Sample, Sampler, sampling_problems};
 use anneal_train::report::summary;
 use anneal_train::run::{DrawingProgress, PreviewImages};
 use anneal_train::settings;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
 /// How samples are drawn, whatever asked for them. Files of weights carry the parts that no scheduler's configuration has.
@@ -50,22 +50,14 @@ impl SamplingSettings {
 
     /// Checks the ranges that a recipe's section `sample` has; flags are named.
     pub fn check(&self) -> Result<()> {
-        let Self { eta, shift, guidance, .. } = *self;
-        ensure!(guidance.is_finite() && guidance >= 0.0, "--guidance is {guidance}; it must be 0 or more");
-        ensure!((0.0..=1.0).contains(&eta), "--eta is {eta}; it must be from 0 to 1");
-        ensure!(shift.is_finite() && shift > 0.0, "--shift is {shift}; it must be above 0");
-        match self.guidance_mode {
-            GuidanceMode::Interval { low, high } => ensure!(
-                (0.0..high).contains(&low) && high <= 1.0,
-                "--guidance-mode interval is {low} to {high}; it must rise within 0 to 1"
-            ),
-            GuidanceMode::PowerCosine { power } => ensure!(
-                power.is_finite() && power > 0.0,
-                "--guidance-mode power_cosine is {power}; it must be above 0"
-            ),
-            GuidanceMode::All | GuidanceMode::FirstThree => {}
-        }
-        Ok(())
+        // A mode is followed by its numbers, which have no names here.
+        let named = |key: &str| {
+            let mut parts = key.split('.');
+            let flag = parts.next().unwrap_or_default().replace('_', "-");
+            parts.next().map_or(format!("--{flag}"), |mode| format!("--{flag} {mode}"))
+        };
+        let problems = sampling_problems(self.eta, self.shift, self.guidance, self.guidance_mode, named);
+        problems.into_iter().next().map_or(Ok(()), |problem| Err(anyhow!(problem)))
     }
 
     /// The request's numbers for a model.

@@ -115,7 +115,7 @@ fn drawing(arguments: &Sample, source: &Source) -> Result<Drawing> {
     }
     let [channels, height, width] = source.model.image_shape();
     let what = format!("--num {count} of images of {channels}x{height}x{width}");
-    machine::check_numbers(&what, [&[count, channels, height, width][..]])?;
+    machine::check_fits(&what, [&[count, channels, height, width][..]])?;
     if arguments.seed.checked_add(count as u64).is_none() {
         bail!("--seed {} leaves no seeds for {count} images: choose less", arguments.seed);
     }

@@ -44,7 +44,7 @@ pub fn config(arguments: &BenchModel) -> Result<DitConfig> {
     config.check()?;
     let (batch, [height, width]) = (arguments.batch, config.image_size);
     let what = format!("--batch {batch} of images of {}x{height}x{width}", config.channels);
-    machine::check_numbers(&what, [&[IMAGES_OF_BATCH, batch, config.channels, height, width][..]])?;
+    machine::check_fits(&what, [&[IMAGES_OF_BATCH, batch, config.channels, height, width][..]])?;
     Ok(config)
 }
 

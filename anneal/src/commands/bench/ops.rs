@@ -80,7 +80,7 @@ fn attention_name([batch, heads, tokens, width]: &[usize; 4]) -> String {
 
 fn measure(case: &Case, arguments: &BenchModel, device: &Device, dtype: DType) -> Result<Figures> {
     let dtype = if case.single { DType::F32 } else { dtype };
-    machine::check_numbers("it", case.inputs.iter().map(|sizes| &sizes[..]))?;
+    machine::check_fits("it", case.inputs.iter().map(|sizes| &sizes[..]))?;
     let inputs = case
         .inputs
         .iter()
